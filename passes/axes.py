@@ -1,0 +1,222 @@
+"""Named token axes: which dimensions of a tensor are batch, sequence, or made of both.
+
+A dimension is a tuple of factors, outermost first. `[B, S, D]` is `((B,), (S,), (D,))`; flattened states
+`[B*S, D]` are `((B, S), (D,))`; heads folded into the batch, `[B*H, S, d]`, are `((B, H), (S,), (d,))`; a
+dimension of size one is `()`. The order of factors is what plain sizes cannot tell, so it is propagated.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+
+from regate_fx.passes.base import Refused
+
+
+class Token(enum.Enum):
+    """The two token axes."""
+
+    B = "B"
+    S = "S"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The sequence axis without its first `head` and last `tail` positions (shifted logits or labels)."""
+
+    head: int
+    tail: int
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """The row axis `of`, reordered by the expert ids that `key` names (mixture-of-experts dispatch)."""
+
+    of: tuple[Any, ...]
+    key: str
+
+
+Factor = Token | Cut | Sorted | int | sympy.Expr
+Dim = tuple[Factor, ...]
+
+
+class Meaning(enum.Enum):
+    """What the values of an integer tensor say about rows, where that is known."""
+
+    ARANGE = "0, 1, 2, ... along its only axis"
+    SORTED_IDS = "expert ids in sorted order"
+    PERMUTATION = "for each row of the sorted axis, the row of the original axis it came from"
+    ROW_OF_SORTED = "for each row of the sorted axis, a row of the token axis"
+    INVERSE = "for each row of the original axis, its place on the sorted axis"
+    COUNTS = "rows per expert"
+    OFFSETS = "end of each expert's rows on the sorted axis"
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes of one tensor.
+
+    `meaning`, with `key` for the dispatch it belongs to, is set where values are row numbers or counts of rows.
+    `aggregate`: the value sums over token rows, so it must never flow back into single rows.
+    """
+
+    dims: tuple[Dim, ...]
+    meaning: Meaning | None = None
+    key: str = ""
+    aggregate: bool = False
+
+    def __iter__(self) -> Iterator[Dim]:
+        return iter(self.dims)
+
+    def __len__(self) -> int:
+        return len(self.dims)
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        return tuple(factor for dim in self.dims for factor in dim)
+
+    @property
+    def sequences(self) -> int:
+        """How many sequence axes there are: 1 for states, 2 for anything over (query, key) pairs."""
+        return sum(is_sequence(factor) for factor in self.factors)
+
+    @property
+    def has_batch(self) -> bool:
+        return Token.B in self.factors or any(isinstance(f, Sorted) and Token.B in f.of for f in self.factors)
+
+    @property
+    def has_tokens(self) -> bool:
+        return any(has_token(dim) for dim in self.dims)
+
+    def with_dims(self, dims: Sequence[Dim]) -> Axes:
+        return replace(self, dims=tuple(canonical(dim) for dim in dims), meaning=None, key="")
+
+
+NO_AXES = Axes(())
+
+
+def is_sequence(factor: Factor) -> bool:
+    if isinstance(factor, Sorted):
+        return any(is_sequence(inner) for inner in factor.of)
+    return factor is Token.S or isinstance(factor, Cut)
+
+
+def has_token(dim: Dim) -> bool:
+    return any(not isinstance(factor, (int, sympy.Expr)) for factor in dim)
+
+
+def canonical(dim: Dim) -> Dim:
+    """Drop factors of one, multiply neighbouring constants."""
+    merged: list[Factor] = []
+    for factor in dim:
+        if factor == 1:
+            continue
+        if isinstance(factor, int) and merged and isinstance(merged[-1], int):
+            merged[-1] = merged[-1] * factor
+        else:
+            merged.append(factor)
+    return tuple(merged)
+
+
+@dataclass(frozen=True)
+class TokenSymbols:
+    """The sizes B and S as the capture knows them: symbols, or 1 where Dynamo specialised a size of one."""
+
+    batch: sympy.Expr
+    length: sympy.Expr
+
+    def size(self, dim: Dim) -> sympy.Expr:
+        """The size of a dimension as an expression over the capture's symbols."""
+        size = sympy.Integer(1)
+        for factor in dim:
+            size = size * self._factor_size(factor)
+        return size
+
+    def _factor_size(self, factor: Factor) -> sympy.Expr:
+        match factor:
+            case Token.B:
+                return self.batch
+            case Token.S:
+                return self.length
+            case Cut(head, tail):
+                return self.length - head - tail
+            case Sorted(of, _):
+                return self.size(of)
+        return sympy.sympify(factor)
+
+    def mentions(self, expr: sympy.Expr) -> bool:
+        return bool(expr.free_symbols & (self.batch.free_symbols | self.length.free_symbols))
+
+    def dim_of_size(self, size: Any) -> Dim:
+        """The factors of a size on its own, batch before sequence before the rest; `Refused` if it has none."""
+        expr = size_expr(size)
+        if expr == 1:
+            return ()
+        if not self.mentions(expr):
+            return (int(expr),) if expr.is_Integer else (expr,)
+        rest = expr
+        dim: list[Factor] = []
+        for token, symbol in ((Token.B, self.batch), (Token.S, self.length)):
+            if symbol.free_symbols and symbol.free_symbols <= rest.free_symbols:
+                quotient = sympy.cancel(rest / symbol)
+                if not (quotient.free_symbols & symbol.free_symbols) and quotient.is_polynomial():
+                    dim.append(token)
+                    rest = quotient
+        if self.mentions(rest):
+            raise Refused("axis", f"a dimension of size {expr} is no multiple of the token axes")
+        return canonical((*dim, int(rest) if rest.is_Integer else rest))
+
+    def axes_of_shape(self, shape: Sequence[Any]) -> Axes:
+        return Axes(tuple(self.dim_of_size(size) for size in shape))
+
+
+def size_expr(size: Any) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def reshape(dims: Sequence[Dim], shape: Sequence[Any], symbols: TokenSymbols) -> tuple[Dim, ...]:
+    """The dims after a view to `shape`: factors keep their order and are only regrouped or split.
+
+    Raises `Refused` where the new shape would cut through a token axis.
+    """
+    factors = [factor for dim in dims for factor in dim]
+    result: list[Dim] = []
+    for size in shape:
+        wanted = size_expr(size)
+        taken: list[Factor] = []
+        while (have := symbols.size(tuple(taken))) != wanted:
+            if not factors:
+                raise Refused("view", f"a view to size {wanted} regroups a token axis")
+            factor = factors.pop(0)
+            missing = sympy.cancel(wanted / have)
+            if isinstance(factor, int) and missing.is_Integer and factor != missing and factor % missing == 0:
+                taken.append(int(missing))
+                factors.insert(0, factor // int(missing))
+            elif isinstance(factor, int) and not missing.is_Integer and factor != 1:
+                raise Refused("view", f"a view to size {wanted} regroups a token axis")
+            else:
+                taken.append(factor)
+        result.append(canonical(tuple(taken)))
+    if any(factor != 1 for factor in factors):
+        raise Refused("view", "a view drops part of a token axis")
+    return tuple(result)
+
+
+def merge(operands: Sequence[Axes], what: str) -> tuple[Dim, ...]:
+    """Broadcast: align from the right; where two operands both have an axis, it must be the same one."""
+    rank = max((len(axes) for axes in operands), default=0)
+    merged: list[Dim] = []
+    for position in range(rank):
+        dims = [
+            axes.dims[position - rank + len(axes)] for axes in operands if position - rank + len(axes) >= 0
+        ]
+        present = {dim for dim in dims if dim != ()}
+        if len(present) > 1:
+            raise Refused("broadcast", f"{what} pairs different axes: {sorted(map(str, present))}")
+        merged.append(present.pop() if present else ())
+    return tuple(merged)

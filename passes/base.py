@@ -1,0 +1,99 @@
+"""What a pass is, and what it may say.
+
+Between two passes a graph is functional: no node writes to another node's value, the placeholders and
+their order are those of the captured graph, and every tensor-valued node carries its fake value in
+`meta["val"]`. `verify.py` checks this after each pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from regate_fx.errors import LayerRefusal
+
+
+class Refused(Exception):
+    """Raised inside a pass when a node cannot be proven sound; the pass turns it into a `LayerRefusal`."""
+
+    def __init__(self, code: str, reason: str, node: fx.Node | None = None) -> None:
+        self.code = code
+        self.reason = reason
+        self.node = node
+        super().__init__(reason)
+
+    def refusal(self, layer: int | None = None) -> LayerRefusal:
+        return LayerRefusal(layer, self.code, self.reason, source_line(self.node))
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """The graph after a pass, how many places it rewrote, and what it declined to rewrite."""
+
+    graph_module: fx.GraphModule
+    rewrites: int
+    refusals: tuple[LayerRefusal, ...] = ()
+
+
+@dataclass
+class PassContext:
+    """What passes of one pipeline run share: what earlier ones found, by the names their docstrings give."""
+
+    findings: dict[str, Any] = field(default_factory=dict)
+
+
+class Pass(Protocol):
+    """One rewrite or analysis. `after` names the passes that must have run before it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def after(self) -> tuple[str, ...]: ...
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult: ...
+
+
+def source_line(node: fx.Node | None) -> str:
+    """`file.py:123 code` of the model line a node came from, or an empty string."""
+    trace = node.meta.get("stack_trace") if node is not None else None
+    if not trace:
+        return ""
+    lines = [line.strip() for line in trace.strip().splitlines()]
+    places = [index for index, line in enumerate(lines) if line.startswith("File ")]
+    if not places:
+        return ""
+    last = places[-1]
+    path, _, rest = lines[last].removeprefix('File "').partition('"')
+    number = rest.removeprefix(", line ").partition(",")[0]
+    code = lines[last + 1] if last + 1 < len(lines) else ""
+    return f"{path.rsplit('/', 1)[-1]}:{number} {code}".strip()
+
+
+def operator_name(node: fx.Node) -> str:
+    """The operator as its author would write it: `aten.cumsum`, `getitem`, ..."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{target._opname}"
+    return str(getattr(target, "__name__", target))
+
+
+def fake(node: fx.Node) -> Any:
+    """The fake value of a node (tensor, SymInt, tuple of them or None)."""
+    return node.meta.get("val")
+
+
+def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
+    """The mode that the fake values of a normalised graph belong to."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if isinstance(value := fake(node), FakeTensor):
+            return value.fake_mode
+    raise Refused("no-inputs", "the captured graph has no tensor inputs")
+
+
+def is_tensor(node: object) -> bool:
+    return isinstance(node, fx.Node) and isinstance(fake(node), torch.Tensor)

@@ -1,0 +1,254 @@
+"""The rewrite: compute the gated part of the graph on the N active rows.
+
+A region is re-instantiated rather than rewritten operator by operator: the same operators at B := 1, S := N.
+Values that enter it are gathered, attention becomes variable-length attention or runs in the compact layout, and
+what leaves it is scattered back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from regate_fx.passes.axes import NO_AXES, Axes, Token, TokenSymbols, size_expr
+from regate_fx.passes.base import PassContext, PassResult, Refused, fake, fake_mode_of, is_tensor, operator_name
+from regate_fx.passes.emit import Emitter
+from regate_fx.passes.layers import DecoderStack
+from regate_fx.passes.layouts import Layout, Layouts, Size
+from regate_fx.passes.placement import Placement
+from regate_fx.passes.plan_nodes import ANCHOR, PlanNodes
+from regate_fx.passes.rewrite_attention import emit_compact, emit_kernel
+from regate_fx.passes.rewrite_loss import LossRewrite, emit_loss
+from regate_fx.passes.rules import Kind, Operands
+from regate_fx.passes.rules_shape import is_whole_slice
+from regate_fx.passes.token_axes import TokenAxes
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class ElideTokens:
+    """Write the graph anew with the gated layers on active rows only; `rewrites` counts the gated attentions."""
+
+    name: str = "elide_tokens"
+    after: tuple[str, ...] = ("place",)
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        graph = fx.Graph()
+        rewriter = Rewriter(gm, graph, ctx)
+        rewriter.run()
+        ctx.findings["loss"] = rewriter.loss.nll is not None
+        result = fx.GraphModule(gm, graph)
+        result.meta = dict(gm.meta)
+        stack: DecoderStack = ctx.findings["layers"]
+        gated = sum(len(layer.attentions) for layer in stack.layers if layer.refused is None)
+        return PassResult(result, gated)
+
+
+@dataclass
+class _Values:
+    """The nodes that hold one captured value, by layout."""
+
+    layouts: dict[Layout, fx.Node] = field(default_factory=dict)
+
+
+class Rewriter:
+    """Walks the captured graph in order and writes each node in the layout that `Placement` gave it."""
+
+    def __init__(self, gm: fx.GraphModule, graph: fx.Graph, ctx: PassContext) -> None:
+        self.gm = gm
+        self.emit = Emitter(graph, fake_mode_of(gm))
+        self.analysis: TokenAxes = ctx.findings["token_axes"]
+        self.symbols: TokenSymbols = ctx.findings["symbols"]
+        self.placement: Placement = ctx.findings["placement"]
+        self.masks: dict[fx.Node, Any] = ctx.findings["masks"]
+        self.plan: PlanNodes = ctx.findings["plan"]
+        self.layouts: Layouts
+        self.loss = LossRewrite()
+        self._values: dict[fx.Node, _Values] = {}
+        self._symints: dict[tuple[fx.Node, Layout], Size] = {}
+
+    def run(self) -> None:
+        for node in self.gm.graph.nodes:
+            if node.op == "output":
+                self._emit_output(node)
+                continue
+            with self.emit.like(node):
+                self._emit_node(node)
+
+    @property
+    def plan_rows(self) -> fx.Node:
+        """int64 [N] in the new graph: flat position of every active row."""
+        return self._values[self.plan.rows].layouts[Layout.DENSE]
+
+    # -- looking values up in the layout a consumer needs -------------------------------------------------
+
+    def value(self, node: fx.Node, layout: Layout, consumer: Axes = NO_AXES) -> fx.Node:
+        """The node that holds a captured value in one layout, moved there if need be.
+
+        `consumer`: axes of the value it is combined with, for operands that lack a token axis.
+        """
+        held = self._values[node].layouts
+        axes = self.analysis.axes.get(node, NO_AXES) if fake(node) is not None else NO_AXES
+        if not isinstance(axes, Axes) or not axes.has_tokens:
+            return held.get(layout) or next(iter(held.values()))
+        if layout in held:
+            return held[layout]
+        moved = self._move(node, axes, layout, consumer)
+        if not self._depends_on_consumer(axes, layout):
+            held[layout] = moved
+        return moved
+
+    def _depends_on_consumer(self, axes: Axes, layout: Layout) -> bool:
+        lacks_batch = not axes.has_batch and self.symbols.batch != 1
+        return axes.sequences == 0 or (layout is Layout.COMPACT and lacks_batch)
+
+    def _move(self, node: fx.Node, axes: Axes, layout: Layout, consumer: Axes) -> fx.Node:
+        held = self._values[node].layouts
+        kind = self.analysis.kinds.get(node)
+        if kind is Kind.CONSTANT and layout is not Layout.DENSE:
+            with self.emit.like(node):
+                return self._reinstantiate(node, layout)
+        if layout is Layout.PACKED:
+            if Layout.COMPACT in held:
+                return self.layouts.pack(held[Layout.COMPACT], axes)
+            return self.layouts.gather(held[Layout.DENSE], axes, consumer)
+        if layout is Layout.COMPACT:
+            if Layout.PACKED in held:
+                return self.layouts.spread(held[Layout.PACKED], axes)
+            return self.layouts.gather_pairs(held[Layout.DENSE], axes, consumer)
+        base = self.placement.scatter_base.get(node)
+        if base is None:
+            raise Refused("layout", f"{node.name} is computed on active rows but needed at every position", node)
+        return self.layouts.scatter(self.value(node, Layout.PACKED), axes, self.value(base, Layout.DENSE))
+
+    def symint(self, node: fx.Node, layout: Layout) -> Size:
+        """A captured size, with B and S replaced by what they are in a layout."""
+        if (node, layout) not in self._symints:
+            self._symints[node, layout] = self._resize(node, layout)
+        return self._symints[node, layout]
+
+    def _resize(self, node: fx.Node, layout: Layout) -> Size:
+        expr = size_expr(fake(node)) if isinstance(fake(node), (int, torch.SymInt)) else None
+        if layout is Layout.DENSE or expr is None or not self.symbols.mentions(expr):
+            return self.value(node, Layout.DENSE)
+        sizes = self.layouts.sizes[layout]
+        if expr == self.symbols.batch:
+            return sizes.batch
+        if expr == self.symbols.length:
+            return sizes.length
+        if node.target is aten.sym_size.int and self.placement.layout(node.args[0]) is layout:  # type: ignore[arg-type]
+            return self.emit.size(self.value(node.args[0], layout), node.args[1])  # type: ignore[arg-type]
+        if node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
+            operands = [self.symint(arg, layout) if isinstance(arg, fx.Node) else arg for arg in node.args]
+            if all(isinstance(operand, int) for operand in operands):
+                return node.target(*operands)  # type: ignore[operator]
+            return self.emit.call(node.target, *operands)
+        raise Refused("size", f"a size {expr} cannot be made anew for the active rows", node)
+
+    # -- writing nodes -----------------------------------------------------------------------------------
+
+    def _emit_node(self, node: fx.Node) -> None:
+        values = self._values.setdefault(node, _Values())
+        layout = self.placement.layout(node)
+        kind = self.analysis.kinds.get(node)
+        if node.op in ("placeholder", "get_attr"):
+            values.layouts[Layout.DENSE] = self._copy_input(node)
+        elif node.target is ANCHOR:
+            self._open_plan()
+        elif node in self.plan.token_loss or node in self.plan.counted:
+            pass
+        elif kind is Kind.LOSS and layout is Layout.PACKED:
+            values.layouts[Layout.DENSE] = emit_loss(self, node)
+        elif kind is Kind.ATTENTION and layout is Layout.PACKED:
+            values.layouts[Layout.PACKED] = emit_kernel(self, node)
+        elif layout is Layout.COMPACT:
+            values.layouts[Layout.COMPACT] = emit_compact(self, node)
+        else:
+            values.layouts[layout] = self._reinstantiate(node, layout)
+
+    def _copy_input(self, node: fx.Node) -> fx.Node:
+        copy = self.emit.graph.node_copy(node)
+        copy.meta = dict(node.meta)
+        if node.op == "get_attr":
+            copy.meta.setdefault("val", getattr(self.gm, str(node.target)))
+        return copy
+
+    def _open_plan(self) -> None:
+        """Once the plan's tensors are in the new graph, layouts can be made from them."""
+        if hasattr(self, "layouts"):
+            return
+
+        def new(node: fx.Node) -> fx.Node:
+            return self._values[node].layouts[Layout.DENSE]
+
+        plan = self.plan
+        tensors = (plan.rows, plan.row_of, plan.cu_seqlens, plan.slot_rows, plan.row_slots)
+        self.layouts = Layouts(self.emit, PlanNodes(*map(new, tensors), None, None, (), ()))
+
+    def _reinstantiate(self, node: fx.Node, layout: Layout) -> fx.Node:
+        """The node's own operator in another layout: operands moved, sizes replaced."""
+        args, kwargs = self.arguments(node, layout)
+        return self.emit.call(node.target, *args, **kwargs)
+
+    def arguments(self, node: fx.Node, layout: Layout) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A node's arguments in a layout. A size in a place that is no shape keeps its captured value."""
+        if operator_name(node) == "aten.slice" and layout is not Layout.DENSE and self._is_identity(node):
+            return (self.value(node.args[0], layout), 0, 0, 2**63 - 1), {}  # type: ignore[arg-type]
+        axes = self.analysis.axes.get(node, NO_AXES)
+        consumer = axes if isinstance(axes, Axes) else NO_AXES
+        scalars = layout is not Layout.DENSE and not _takes_sizes(node)
+
+        def replace(argument: fx.Node) -> Any:
+            if is_tensor(argument) or isinstance(fake(argument), (tuple, list)):
+                return self.value(argument, layout, consumer)
+            if scalars and self.symbols.mentions(_expr(argument)):
+                raise Refused(
+                    "size-as-value", f"{operator_name(node)} computes with the batch or sequence size itself", node
+                )
+            return self.symint(argument, layout)
+
+        return fx.map_arg((node.args, node.kwargs), replace)
+
+    def _is_identity(self, node: fx.Node) -> bool:
+        """Whether a slice of a token axis keeps all rows of this layout; positions cut off count no label."""
+        operands = Operands(node, self.analysis.axes, self.symbols)
+        axes = operands.axes("self")
+        dim = operands["dim"] % len(axes)
+        return is_whole_slice(operands) or Token.S in axes.dims[dim]
+
+    def _emit_output(self, node: fx.Node) -> None:
+        if hasattr(self, "layouts"):
+            self.loss.emit_slots(self)
+
+        def replace(value: fx.Node) -> fx.Node:
+            if value in self.plan.token_loss:
+                return self.loss.token_loss or self._values[self.plan.rows].layouts[Layout.DENSE]
+            if value in self.plan.counted:
+                return self.loss.counted or self._values[self.plan.rows].layouts[Layout.DENSE]
+            return self.value(value, Layout.DENSE)
+
+        self.emit.graph.output(fx.map_arg(node.args[0], replace))
+
+
+def _expr(node: fx.Node) -> Any:
+    value = fake(node)
+    return size_expr(value) if isinstance(value, (int, torch.SymInt)) else size_expr(0)
+
+
+# Operators whose integer arguments are sizes, or places along dimensions.
+_SHAPED = {
+    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.unflatten", "aten.slice", "aten.zeros",
+    "aten.ones", "aten.full", "aten.empty", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty",
+    "aten.rand", "aten.randn", "aten.arange", "aten.repeat", "aten.broadcast_to", "aten.slice_scatter",
+    "autograd_function_apply",
+}  # fmt: skip
+
+
+def _takes_sizes(node: fx.Node) -> bool:
+    return operator_name(node) in _SHAPED
+
+

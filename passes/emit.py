@@ -1,0 +1,68 @@
+"""Write nodes into a new graph, each with its fake value computed on the spot.
+
+A wrong shape therefore fails where it is written, and every pass hands on fresh metadata.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from regate_fx.passes.base import fake
+
+# What a rewritten node inherits from the node it stands for.
+_INHERITED = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "autocast", "seq_nr")
+
+
+class Emitter:
+    """Appends to a graph. `like(node)` sets the node that emitted ones inherit their metadata from."""
+
+    def __init__(self, graph: fx.Graph, fake_mode: FakeTensorMode) -> None:
+        self.graph = graph
+        self._fake_mode = fake_mode
+        self._like: fx.Node | None = None
+
+    @contextlib.contextmanager
+    def like(self, node: fx.Node) -> Iterator[None]:
+        previous, self._like = self._like, node
+        try:
+            yield
+        finally:
+            self._like = previous
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        self._inherit(node)
+        values, named = fx.map_arg((args, kwargs), fake)
+        with self._fake_mode, _autocast(node.meta.get("autocast", ())):
+            node.meta["val"] = target(*values, **named)
+        return node
+
+    def attribute(self, name: str, value: Any) -> fx.Node:
+        node = self.graph.get_attr(name)
+        self._inherit(node)
+        node.meta["val"] = value
+        return node
+
+    def _inherit(self, node: fx.Node) -> None:
+        if self._like is not None:
+            node.meta |= {key: self._like.meta[key] for key in _INHERITED if key in self._like.meta}
+
+    def size(self, tensor: fx.Node, dim: int) -> fx.Node | int:
+        """A size of a tensor: a node where it is symbolic, an int where it is not."""
+        size = fake(tensor).shape[dim]
+        return self.call(torch.ops.aten.sym_size.int, tensor, dim) if isinstance(size, torch.SymInt) else size
+
+
+@contextlib.contextmanager
+def _autocast(brackets: tuple[tuple[Any, ...], ...]) -> Iterator[None]:
+    """The autocast state a node was captured under; `brackets` as `OpenBrackets` recorded them."""
+    with contextlib.ExitStack() as stack:
+        for device, dtype, enabled, cache in brackets:
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
+        yield

@@ -1,0 +1,102 @@
+"""Normalise a Dynamo graph to functional ATen: a closed set of operators, no in-place writes.
+
+Dynamo's graph is not functional: `buf[..., :d] = x` carries data without an edge, which dependence analysis
+would miss. The normalised graph keeps composite operators (linear, scaled_dot_product_attention,
+cross_entropy_loss, dropout) whole and keeps shapes symbolic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch._functorch.aot_autograd import GraphSignature, aot_export_module
+
+from regate_fx.passes.base import PassContext, PassResult, Refused, operator_name
+from regate_fx.passes.functions import FUNCTION_APPLY, shield, unshield
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Functionalize:
+    """Dynamo graph in, functional ATen graph out: the same placeholders, the same outputs in the same order.
+
+    Cures what normalisation itself would break: an `autograd.Function` keeps its own backward (the node is
+    carried through whole), writes to inputs are appended again as `copy_`, the functional `aten.copy`
+    (which has no derivative) becomes a cast and expand of its source, and dtype asserts, which contradict
+    in-graph autocast, are dropped. Any other higher-order operator is refused.
+    """
+
+    name: str = "functionalize"
+    after: tuple[str, ...] = ("inline_checkpoints",)
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        _refuse_higher_order(gm)
+        shielded = shield(gm)
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        inputs = [node.meta["example_value"] for node in placeholders]
+        normal, signature = aot_export_module(gm, inputs, trace_joint=False, pre_dispatch=True)
+        assert isinstance(normal, fx.GraphModule)
+        rewrites = unshield(normal, shielded)
+        rewrites += _restore_mutations(normal, signature)
+        rewrites += _make_differentiable(normal)
+        rewrites += _drop_asserts(normal)
+        for before, after in zip(placeholders, normal.graph.find_nodes(op="placeholder"), strict=True):
+            after.meta = {**before.meta, **after.meta}
+        normal.recompile()
+        return PassResult(normal, rewrites)
+
+
+def _refuse_higher_order(gm: fx.GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target is not FUNCTION_APPLY:
+            raise Refused(
+                "higher-order", f"the higher-order operator {operator_name(node)} is not analysed", node
+            )
+
+
+def _restore_mutations(gm: fx.GraphModule, signature: GraphSignature) -> int:
+    """Export returns mutated inputs as leading outputs: write them back and drop those outputs."""
+    mutated = signature.user_inputs_to_mutate
+    if signature.buffers_to_mutate or signature.parameters_to_mutate:
+        raise Refused("mutation", "the graph writes to a module attribute that is not a graph input")
+    output = gm.graph.output_node()
+    values = list(output.args[0])  # type: ignore[arg-type]
+    inputs = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
+    with gm.graph.inserting_before(output):
+        for value, target in zip(values, mutated.values(), strict=False):
+            written = gm.graph.call_function(aten.copy_.default, (inputs[target], value))
+            written.meta["val"] = inputs[target].meta["val"]
+    output.args = (tuple(values[len(mutated) :]),)
+    return len(mutated)
+
+
+def _make_differentiable(gm: fx.GraphModule) -> int:
+    """`aten.copy(self, src)` is `src` cast and expanded to `self`, which has a derivative."""
+    nodes = gm.graph.find_nodes(op="call_function", target=aten.copy.default)
+    for node in nodes:
+        base, source = node.args[:2]
+        with gm.graph.inserting_before(node):
+            value = source
+            if base.meta["val"].dtype != source.meta["val"].dtype:
+                value = gm.graph.call_function(aten._to_copy.default, (value,), {"dtype": base.meta["val"].dtype})
+                value.meta = dict(node.meta, val=source.meta["val"].to(base.meta["val"].dtype))
+            if tuple(base.meta["val"].shape) != tuple(source.meta["val"].shape):
+                value = gm.graph.call_function(aten.expand_as.default, (value, base))
+                value.meta = dict(node.meta)
+        node.replace_all_uses_with(value)
+        gm.graph.erase_node(node)
+    return len(nodes)
+
+
+def _drop_asserts(gm: fx.GraphModule) -> int:
+    """Dtype asserts were recorded without in-graph autocast; scalar asserts repeat Dynamo's own guards."""
+    dropped = 0
+    for target in (aten._assert_tensor_metadata.default, aten._assert_scalar.default):
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            if not node.users:
+                gm.graph.erase_node(node)
+                dropped += 1
+    return dropped

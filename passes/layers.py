@@ -1,0 +1,268 @@
+"""Recognise the decoder layers of a graph by structure: the residual stream and the attention between.
+
+The hidden states flow from the embeddings to the head. Values that every such path passes through are the
+residual stream (its dominators); a layer is what lies between the stream value that an attention reads and the
+one that the next attention reads. No module, class or architecture name is looked at, save to end the last layer
+where one layer alone gives no period to go by.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from regate_fx.passes.axes import Axes, has_token
+from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_tensor, operator_name
+from regate_fx.passes.rules import Kind
+from regate_fx.passes.token_axes import TokenAxes
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention: a single operator, or a connected group of operators over pairs of positions."""
+
+    nodes: tuple[fx.Node, ...]
+    kernel: bool
+
+
+@dataclass
+class Layer:
+    """One decoder layer: from the stream value it reads to the one it writes (None where there is no stream)."""
+
+    index: int
+    attentions: list[Attention]
+    start: fx.Node | None
+    end: fx.Node | None = None
+    refused: Refused | None = None
+
+    @property
+    def anchor(self) -> fx.Node:
+        return self.attentions[0].nodes[0]
+
+
+@dataclass
+class DecoderStack:
+    """What the graph computes from token content, as layers.
+
+    `content`: nodes that depend on token embeddings. `segment`: for each of them the layer it belongs to, -1
+    before the first layer, `len(layers)` after the last one.
+    """
+
+    content: set[fx.Node]
+    layers: list[Layer]
+    segment: dict[fx.Node, int] = field(default_factory=dict)
+
+    @property
+    def last_stream(self) -> fx.Node | None:
+        return self.layers[-1].end if self.layers else None
+
+
+@dataclass(frozen=True)
+class FindLayers:
+    """Find the decoder layers; puts a `DecoderStack` into the findings. Refuses a graph without attention."""
+
+    name: str = "find_layers"
+    after: tuple[str, ...] = ("token_axes",)
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        analysis: TokenAxes = ctx.findings["token_axes"]
+        order = {node: index for index, node in enumerate(gm.graph.nodes)}
+        content = _content(gm, analysis)
+        attentions = _attentions(gm, analysis, content)
+        loss = [node for node in content if analysis.kinds.get(node) is Kind.LOSS]
+        if not attentions and not loss:
+            raise Refused("no-attention", "no attention over the decoder's positions was found in this graph")
+        stack = DecoderStack(content, [])
+        if attentions:
+            stream = _residual_stream(content, attentions, order, analysis)
+            stack.layers = _layers(attentions, stream, order)
+            _end_last_layer(stack, stream)
+        _assign_segments(stack, order)
+        ctx.findings["layers"] = stack
+        return PassResult(gm, 0)
+
+
+def _content(gm: fx.GraphModule, analysis: TokenAxes) -> set[fx.Node]:
+    """Everything computed from token embeddings (positions, masks and rotary tables are not)."""
+    content: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op != "output" and (_is_source(node, analysis) or any(n in content for n in node.all_input_nodes)):
+            content.add(node)
+    return content
+
+
+def _is_source(node: fx.Node, analysis: TokenAxes) -> bool:
+    """A look-up of token rows, or hidden states [B, S, D] that come into this graph."""
+    axes = analysis.axes.get(node)
+    if not isinstance(axes, Axes) or axes.sequences != 1 or len(axes) < 2 or has_token(axes.dims[-1]):
+        return False
+    if operator_name(node) == "aten.embedding":
+        return True
+    return node.op == "placeholder" and fake(node).is_floating_point() and len(axes) == 3
+
+
+def _attentions(gm: fx.GraphModule, analysis: TokenAxes, content: set[fx.Node]) -> list[Attention]:
+    found: list[list[fx.Node]] = []
+    group: dict[fx.Node, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        kind = analysis.kinds.get(node)
+        if node not in content or kind not in (Kind.ATTENTION, Kind.PAIRS):
+            continue
+        joined = [node]
+        for source in node.all_input_nodes:
+            if kind is Kind.PAIRS and source in group and analysis.kinds[source] is Kind.PAIRS:
+                other = group[source]
+                if other is not joined:
+                    joined = other + [n for n in joined if n not in other]
+                    found = [g for g in found if g is not other]
+                    for member in joined:
+                        group[member] = joined
+        found.append(joined)
+        for member in joined:
+            group[member] = joined
+    return [Attention(tuple(nodes), analysis.kinds[nodes[0]] is Kind.ATTENTION) for nodes in found]
+
+
+def _residual_stream(
+    content: set[fx.Node], attentions: list[Attention], order: dict[fx.Node, int], analysis: TokenAxes
+) -> list[fx.Node]:
+    """Dominators, within the content, of the last node that depends on the last attention."""
+    sink = _sink(attentions[-1].nodes[-1], content, order, analysis)
+    reaching = _ancestors(sink) & content | {sink}
+    dominator: dict[fx.Node, fx.Node | None] = {}
+    depth: dict[fx.Node | None, int] = {None: 0}
+    for node in sorted(reaching, key=order.__getitem__):
+        sources = [source for source in node.all_input_nodes if source in reaching]
+        parent: fx.Node | None = sources[0] if sources else None
+        for source in sources[1:]:
+            parent = _common(parent, source, dominator, depth)
+        dominator[node] = parent
+        depth[node] = depth[parent] + 1
+    chain: list[fx.Node] = []
+    vertex: fx.Node | None = sink
+    while vertex is not None:
+        chain.append(vertex)
+        vertex = dominator[vertex]
+    return [node for node in reversed(chain) if _carries_states(node, analysis)]
+
+
+def _common(
+    a: fx.Node | None,
+    b: fx.Node | None,
+    dominator: dict[fx.Node, fx.Node | None],
+    depth: dict[fx.Node | None, int],
+) -> fx.Node | None:
+    while a is not b:
+        if depth[a] >= depth[b]:
+            assert a is not None
+            a = dominator[a]
+        else:
+            assert b is not None
+            b = dominator[b]
+    return a
+
+
+def _carries_states(node: fx.Node, analysis: TokenAxes) -> bool:
+    axes = analysis.axes.get(node)
+    return is_tensor(node) and isinstance(axes, Axes) and axes.sequences == 1 and not has_token(axes.dims[-1])
+
+
+def _sink(
+    last: fx.Node, content: set[fx.Node], order: dict[fx.Node, int], analysis: TokenAxes
+) -> fx.Node:
+    """The logits that meet the labels, else the last states that depend on the last attention."""
+    after = sorted(_descendants(last) & content | {last}, key=order.__getitem__)
+    for node in after:
+        if analysis.kinds.get(node) is Kind.LOSS:
+            return node.args[0]  # type: ignore[return-value]
+    states = [node for node in after if _carries_states(node, analysis)]
+    return states[-1] if states else last
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    return _closure(node.all_input_nodes, lambda n: n.all_input_nodes)
+
+
+def _descendants(node: fx.Node) -> set[fx.Node]:
+    return _closure(node.users, lambda n: n.users)
+
+
+def _closure(start: Iterable[fx.Node], step) -> set[fx.Node]:  # type: ignore[no-untyped-def]
+    seen: set[fx.Node] = set()
+    todo = list(start)
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo.extend(step(node))
+    return seen
+
+
+def _layers(attentions: list[Attention], stream: list[fx.Node], order: dict[fx.Node, int]) -> list[Layer]:
+    """Group attentions by the last stream value before them."""
+    layers: list[Layer] = []
+    behind = {vertex: _descendants(vertex) for vertex in stream}
+    for attention in sorted(attentions, key=lambda a: order[a.nodes[0]]):
+        before = [vertex for vertex in stream if attention.nodes[0] in behind[vertex]]
+        start = before[-1] if before else None
+        if layers and start is not None and layers[-1].start is start:
+            layers[-1].attentions.append(attention)
+            continue
+        if layers:
+            layers[-1].end = start
+        layers.append(Layer(len(layers), [attention], start))
+    return layers
+
+
+def _end_last_layer(stack: DecoderStack, stream: list[fx.Node]) -> None:
+    """Where the last layer ends and the final norm begins: after as many stream values as the layers before."""
+    last = stack.layers[-1]
+    if last.start is None:
+        return
+    first = stream.index(last.start)
+    if len(stack.layers) > 1 and (previous := stack.layers[-2].start) is not None:
+        period = first - stream.index(previous)
+        if first + period < len(stream) and stream[first + period].target == last.start.target:
+            last.end = stream[first + period]
+            return
+    name = _layer_module(last.anchor)
+    members = [vertex for vertex in stream[first + 1 :] if name is not None and _layer_module(vertex) == name]
+    if members:
+        last.end = members[-1]
+        return
+    adds = [
+        vertex
+        for vertex in stream[first + 1 :]
+        if operator_name(vertex) == "aten.add" and any(source in stream for source in vertex.all_input_nodes)
+    ]
+    last.end = adds[-1] if adds else None
+
+
+def _layer_module(node: fx.Node) -> str | None:
+    """Path of the innermost module with a number for a name that the capture saw around a node."""
+    paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    numbered = [path for path in paths if re.search(r"(\.\d+|\[\d+\])$", path)]
+    return numbered[0] if numbered else None
+
+
+def _assign_segments(stack: DecoderStack, order: dict[fx.Node, int]) -> None:
+    stack.segment = dict.fromkeys(stack.content, -1)
+    for layer in stack.layers:
+        if layer.start is not None:
+            for node in _descendants(layer.start) & stack.content:
+                stack.segment[node] = layer.index
+        for attention in layer.attentions:
+            for node in attention.nodes:
+                stack.segment[node] = layer.index
+    last = stack.last_stream
+    if last is not None:
+        for node in _descendants(last) & stack.content:
+            stack.segment[node] = len(stack.layers)
+
+
+def loss_nodes(stack: DecoderStack, analysis: TokenAxes) -> list[fx.Node]:
+    return [node for node in stack.content if analysis.kinds.get(node) is Kind.LOSS]
+

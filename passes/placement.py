@@ -1,0 +1,226 @@
+"""Decide for every node whether it is computed at all positions, on active rows, or in the compact layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from regate_fx.ops.attention_kernels import supported
+from regate_fx.passes.axes import Axes
+from regate_fx.passes.base import PassContext, PassResult, Refused, fake, operator_name
+from regate_fx.passes.layers import DecoderStack, Layer
+from regate_fx.passes.layouts import Layout
+from regate_fx.passes.masks import MaskProof
+from regate_fx.passes.rewrite_attention import autocast_dtype
+from regate_fx.passes.rules import Kind, Operands
+from regate_fx.passes.token_axes import TokenAxes
+
+
+@dataclass
+class Placement:
+    """The layout of each node that is not dense, and where packed states are scattered back.
+
+    `scatter_base[x]`: x is packed and also needed at every position; elided ones show that dense stream value.
+    """
+
+    layouts: dict[fx.Node, Layout] = field(default_factory=dict)
+    scatter_base: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def layout(self, node: fx.Node) -> Layout:
+        return self.layouts.get(node, Layout.DENSE)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Choose layouts; puts a `Placement` into the findings. Layers that cannot be gated stay dense and are named.
+
+    Refuses a graph in which packed values would be needed densely where no residual stream value can be scattered.
+    """
+
+    name: str = "place"
+    after: tuple[str, ...] = ("find_layers", "prove_masks")
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        analysis: TokenAxes = ctx.findings["token_axes"]
+        stack: DecoderStack = ctx.findings["layers"]
+        for layer in stack.layers:
+            layer.refused = _why_not(layer, stack, analysis)
+        placement = _Placer(gm, stack, analysis, ctx.findings["masks"]).place()
+        ctx.findings["placement"] = placement
+        refusals = tuple(
+            layer.refused.refusal(layer.index) for layer in stack.layers if layer.refused is not None
+        )
+        return PassResult(gm, len(placement.layouts), refusals)
+
+
+def _why_not(layer: Layer, stack: DecoderStack, analysis: TokenAxes) -> Refused | None:
+    """The first reason, in graph order, why a layer cannot be gated."""
+    for node, refused in analysis.unproven.items():
+        if stack.segment.get(node) == layer.index:
+            return refused
+    for attention in layer.attentions:
+        if not attention.kernel and (refused := _check_pairs(attention.nodes, analysis)) is not None:
+            return refused
+    return None
+
+
+def _check_pairs(nodes: tuple[fx.Node, ...], analysis: TokenAxes) -> Refused | None:
+    """What leaves a group of pair operators must be rows of tokens again, with both token axes."""
+    members = set(nodes)
+    for node in nodes:
+        leaves = any(user not in members for user in node.users)
+        axes = analysis.axes[node]
+        if leaves and (not isinstance(axes, Axes) or axes.sequences != 1):
+            return Refused(
+                "attention-shape", f"{operator_name(node)} hands on values over pairs of positions", node
+            )
+    return None
+
+
+def _learned(nodes: list[fx.Node]) -> set[fx.Node]:
+    """Nodes through which a gradient could flow back to a graph input."""
+    learned: set[fx.Node] = set()
+    for node in nodes:
+        value = fake(node)
+        if node.op == "placeholder":
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                learned.add(node)
+        elif any(source in learned for source in node.all_input_nodes) and _may_carry_gradient(value):
+            learned.add(node)
+    return learned
+
+
+def _may_carry_gradient(value: object) -> bool:
+    tensors = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(item, torch.Tensor) and item.is_floating_point() for item in tensors)
+
+
+class _Placer:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        stack: DecoderStack,
+        analysis: TokenAxes,
+        masks: dict[fx.Node, MaskProof],
+    ) -> None:
+        self.nodes = [node for node in gm.graph.nodes if node.op != "output"]
+        self.output: fx.Node = gm.graph.output_node()
+        self.stack = stack
+        self.analysis = analysis
+        self.masks = masks
+        self.learned = _learned(self.nodes)
+        self.dense: set[int] = {layer.index for layer in stack.layers if layer.refused is not None}
+        self.placement = Placement()
+
+    def place(self) -> Placement:
+        if self._tail_is_dense():
+            self.dense.add(len(self.stack.layers))
+        self._find_scatter_points()
+        needed_dense = self._needed_dense()
+        while self._refuse_escapes(needed_dense):
+            self.placement.scatter_base.clear()
+            self._find_scatter_points()
+            needed_dense = self._needed_dense()
+        for node in self.nodes:
+            if node in self.stack.content and node not in needed_dense and self._is_packable(node):
+                self.placement.layouts[node] = self._layout(node)
+        return self.placement
+
+    def _layout(self, node: fx.Node) -> Layout:
+        kind = self.analysis.kinds.get(node)
+        if kind is Kind.PAIRS or (kind is Kind.ATTENTION and self._why_no_kernel(node) is not None):
+            return Layout.COMPACT
+        return Layout.PACKED
+
+    def _why_no_kernel(self, node: fx.Node) -> str | None:
+        """Why an attention operator cannot become the variable-length one, if it cannot."""
+        op = Operands(node, self.analysis.axes, self.analysis.symbols)
+        proof = self.masks[node]
+        mask = op["attn_mask"] if proof.explicit else None
+        if mask is not None and (mask in self.stack.content or mask in self.learned):
+            return "its mask is learned"
+        query, value = fake(op["query"]), fake(op["value"])
+        dtype = autocast_dtype(node, query.device.type) or query.dtype
+        return supported(
+            query.device.type, dtype, proof.causal, proof.window, mask, op["dropout_p"], query.shape[-1],
+            value.shape[-1],
+        )  # fmt: skip
+
+    def _is_packable(self, node: fx.Node) -> bool:
+        if node.op != "call_function" or node in self.analysis.unproven or fake(node) is None:
+            return False
+        if self.stack.segment[node] in self.dense:
+            return self.analysis.kinds.get(node) is Kind.LOSS
+        kind = self.analysis.kinds.get(node)
+        axes = self.analysis.axes.get(node)
+        if kind is None:
+            return False
+        if isinstance(axes, Axes) and axes.has_tokens and kind is Kind.ROWS:
+            batch_is_one = self.analysis.symbols.batch == 1
+            return axes.sequences == 1 and (axes.has_batch or batch_is_one)
+        return True
+
+    def _tail_is_dense(self) -> bool:
+        """After the last layer: an output over all positions, or an operator that is not proven."""
+        tail = len(self.stack.layers)
+        outputs = [node for node in self.output.all_input_nodes if node in self.stack.content]
+        for node in outputs:
+            axes = self.analysis.axes.get(node)
+            if isinstance(axes, Axes) and axes.has_tokens:
+                return True
+        return any(self.stack.segment.get(node) == tail for node in self.analysis.unproven)
+
+    def _find_scatter_points(self) -> None:
+        """Where a dense layer follows a gated one, its input is scattered onto the last dense stream value."""
+        base: fx.Node | None = None
+        for layer in self.stack.layers:
+            if layer.index in self.dense:
+                if base is not None and layer.start is not None:
+                    self.placement.scatter_base[layer.start] = base
+                base = None
+            elif base is None:
+                base = layer.start
+        last = self.stack.last_stream
+        if len(self.stack.layers) in self.dense and base is not None and last is not None:
+            self.placement.scatter_base[last] = base
+
+    def _refuse_escapes(self, needed_dense: set[fx.Node]) -> bool:
+        """A gated layer must not be read at every position behind the residual stream's back."""
+        refused = False
+        for layer in self.stack.layers:
+            if layer.index in self.dense:
+                continue
+            for node in self.nodes:
+                if node in needed_dense and self.stack.segment.get(node) == layer.index:
+                    layer.refused = Refused(
+                        "escapes", f"{operator_name(node)} inside the layer is read at every position outside", node
+                    )
+                    self.dense.add(layer.index)
+                    refused = True
+                    break
+        return refused
+
+    def _needed_dense(self) -> set[fx.Node]:
+        """Nodes that a dense node or an output reads at every position (a scatter point is not followed)."""
+        needed: set[fx.Node] = set(self.placement.scatter_base.values())
+        for node in reversed(self.nodes):
+            if node in self.placement.scatter_base:
+                continue
+            for user in node.users:
+                if self._reads_densely(user, node, needed):
+                    needed.add(node)
+                    break
+        return needed
+
+    def _reads_densely(self, user: fx.Node, node: fx.Node, needed: set[fx.Node]) -> bool:
+        if node not in self.stack.content:
+            return False
+        axes = self.analysis.axes.get(node)
+        if isinstance(axes, Axes) and not axes.has_tokens and not axes.aggregate and not axes.meaning:
+            return False
+        if user.op == "output":
+            return isinstance(axes, Axes) and axes.has_tokens
+        return user in needed or not self._is_packable(user)
+

@@ -1,0 +1,65 @@
+"""Find the token plan in a captured graph, and with it the symbols that stand for B and S."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+import regate_fx.ops  # noqa: F401  (registers the operators)
+from regate_fx.passes.axes import TokenSymbols, size_expr
+from regate_fx.passes.base import PassContext, PassResult, Refused, fake
+
+ANCHOR = torch.ops.regate_fx.anchor.default
+
+
+@dataclass(frozen=True)
+class PlanNodes:
+    """The graph's nodes for the tensors of a `TokenPlan`, the labels, and the two outputs to be filled.
+
+    `token_loss` and `counted` are the nodes whose uses the loss rewrite replaces; several anchors (one for
+    each place where a graph may start after a break) share one plan.
+    """
+
+    rows: fx.Node
+    row_of: fx.Node
+    cu_seqlens: fx.Node
+    slot_rows: fx.Node
+    row_slots: fx.Node
+    attention_mask: fx.Node | None
+    labels: fx.Node | None
+    token_loss: tuple[fx.Node, ...]
+    counted: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class FindPlan:
+    """Locate the anchor; puts `plan` and `symbols` into the findings. Refuses a graph without symbolic sizes."""
+
+    name: str = "find_plan"
+    after: tuple[str, ...] = ("open_brackets",)
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        anchors = gm.graph.find_nodes(op="call_function", target=ANCHOR)
+        if not anchors:
+            raise Refused("no-plan", "the token plan does not reach this part of the model")
+        slots: tuple[list[fx.Node], list[fx.Node]] = ([], [])
+        for anchor in anchors:
+            for user in anchor.users:
+                assert user.target is operator.getitem
+                slots[user.args[1]].append(user)  # type: ignore[index]
+        *tensors, attention_mask, labels = anchors[0].args
+        row_of = tensors[1]
+        assert isinstance(row_of, fx.Node)
+        batch, length = (size_expr(size) for size in fake(row_of).shape)
+        if length.is_Integer:
+            raise Refused(
+                "static-length", f"the sequence length is the constant {length} in the captured graph", row_of
+            )
+        if batch.is_Integer and batch != 1:
+            raise Refused("static-batch", f"the batch size is the constant {batch} in the captured graph", row_of)
+        ctx.findings["symbols"] = TokenSymbols(batch, length)
+        ctx.findings["plan"] = PlanNodes(*tensors, attention_mask, labels, *map(tuple, slots))  # type: ignore[arg-type]
+        return PassResult(gm, 0)

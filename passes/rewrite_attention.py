@@ -1,0 +1,154 @@
+"""Write attention for the active rows: one variable-length operator, or the captured one over compact slots."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from regate_fx.passes.axes import Axes, Token
+from regate_fx.passes.base import Refused, fake, operator_name
+from regate_fx.passes.layouts import Layout
+from regate_fx.passes.rules import Operands
+from regate_fx.passes.rules_math import MASKABLE
+
+if TYPE_CHECKING:
+    from regate_fx.passes.elide import Rewriter
+
+aten = torch.ops.aten
+
+
+def emit_kernel(rewriter: Rewriter, node: fx.Node) -> fx.Node:
+    """`regate_fx::varlen_attention` in place of `scaled_dot_product_attention`; [1, H, N, d] in and out."""
+    op = Operands(node, rewriter.analysis.axes, rewriter.symbols)
+    emit, layouts = rewriter.emit, rewriter.layouts
+    query, key, value = (
+        _as_autocast(rewriter, node, rewriter.value(op[name], Layout.PACKED)) for name in ("query", "key", "value")
+    )
+    proof = rewriter.masks[node]
+    mask = _dense_mask(rewriter, op) if proof.explicit else None
+    scale = op["scale"] if op["scale"] is not None else 1.0 / math.sqrt(fake(query).shape[-1])
+    dropout = float(op["dropout_p"])
+    seed = None
+    if dropout > 0.0:
+        seed = emit.call(aten.randint.low, -(2**62), 2**62, [1], dtype=torch.int64, device=fake(query).device)
+    both = emit.call(
+        torch.ops.regate_fx.varlen_attention.default,
+        query, key, value, layouts.cu_seqlens, layouts.max_seqlen, layouts.positions,
+        mask, proof.causal, proof.window, scale, dropout, seed,
+    )  # fmt: skip
+    return emit.call(operator.getitem, both, 0)
+
+
+def autocast_dtype(node: fx.Node, device: str) -> torch.dtype | None:
+    """The dtype autocast computes a node's attention in; None where autocast is off."""
+    for kind, dtype, enabled, _ in reversed(node.meta.get("autocast", ())):
+        if kind == device:
+            return (dtype or torch.get_autocast_dtype(device)) if enabled else None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _as_autocast(rewriter: Rewriter, node: fx.Node, value: fx.Node) -> fx.Node:
+    """Attention is on autocast's list of lower-precision operators; the operator that replaces it is not."""
+    tensor = fake(value)
+    dtype = autocast_dtype(node, tensor.device.type)
+    if dtype is None or tensor.dtype in (dtype, torch.float64):
+        return value
+    return rewriter.emit.call(aten._to_copy.default, value, dtype=dtype)
+
+
+def _dense_mask(rewriter: Rewriter, op: Operands) -> fx.Node:
+    """The captured mask as [1 or B, 1 or H, S, S]."""
+    mask = rewriter.value(op["attn_mask"], Layout.DENSE)
+    rank = len(fake(mask).shape)
+    emit, sizes = rewriter.emit, rewriter.layouts.sizes[Layout.DENSE]
+    if rank < 4:
+        shape = [1] * (4 - rank) + [emit.size(mask, dim) for dim in range(rank)]
+        mask = emit.call(aten.reshape.default, mask, shape)
+    return emit.call(aten.expand.default, mask, [-1, -1, sizes.length, sizes.length])
+
+
+def emit_compact(rewriter: Rewriter, node: fx.Node) -> fx.Node:
+    """A captured operator over compact slots, with empty slots kept out of every sum over keys."""
+    op = Operands(node, rewriter.analysis.axes, rewriter.symbols)
+    name = operator_name(node)
+    if name == "aten.scaled_dot_product_attention":
+        return _compact_attention(rewriter, op)
+    args, kwargs = rewriter.arguments(node, Layout.COMPACT)
+    filled = list(args)
+    if name in MASKABLE:
+        axes = op.axes("self")
+        for dim in _key_dims(op, axes):
+            filler = torch.finfo(fake(args[0]).dtype).min if MASKABLE[name] == "lowest" else 0.0
+            filled[0] = _fill(rewriter, filled[0], axes, dim, filler)
+    elif name in _CONTRACTIONS:
+        index = _CONTRACTIONS[name]
+        operand = node.args[index]
+        assert isinstance(operand, fx.Node)
+        axes = op.axes(operand)
+        if axes.dims[-2] == (Token.S,) and not _is_spread(rewriter, operand):
+            filled[index] = _fill(rewriter, filled[index], axes, len(axes) - 2, 0.0)
+    elif name == "aten.einsum":
+        filled[1] = _fill_einsum(rewriter, op, list(args[1]))
+    return rewriter.emit.call(node.target, *filled, **kwargs)
+
+
+# Matrix products, and which argument is the right-hand matrix [..., keys, d].
+_CONTRACTIONS = {"aten.matmul": 1, "aten.bmm": 1, "aten.mm": 1, "aten.baddbmm": 2, "aten.addmm": 2}
+
+
+def _key_dims(op: Operands, axes: Axes) -> list[int]:
+    dims = op._arguments.get("dim")
+    listed = range(len(axes)) if dims is None else [dims] if isinstance(dims, int) else dims
+    return [dim % len(axes) for dim in listed if axes.dims[dim] == (Token.S,)]
+
+
+def _fill(rewriter: Rewriter, value: fx.Node, axes: Axes, dim: int, filler: float) -> fx.Node:
+    valid = rewriter.layouts.valid_at(axes, dim)
+    return rewriter.emit.call(aten.where.ScalarOther, valid, value, filler)
+
+
+def _is_spread(rewriter: Rewriter, operand: fx.Node) -> bool:
+    """Whether a compact value came straight from packed rows, so that its empty slots are zero."""
+    return rewriter.placement.layout(operand) is Layout.PACKED
+
+
+def _fill_einsum(rewriter: Rewriter, op: Operands, tensors: list[fx.Node]) -> list[fx.Node]:
+    inputs, _, output = op["equation"].replace(" ", "").partition("->")
+    for index, subscript in enumerate(inputs.split(",")):
+        operand = op["tensors"][index]
+        axes = op.axes(operand)
+        if _is_spread(rewriter, operand):
+            continue
+        for dim, letter in enumerate(subscript):
+            if letter not in output and axes.dims[dim] == (Token.S,):
+                tensors[index] = _fill(rewriter, tensors[index], axes, dim, 0.0)
+    return tensors
+
+
+def _compact_attention(rewriter: Rewriter, op: Operands) -> fx.Node:
+    """The attention operator over slots. Causal order is kept by compaction; other masks are gathered."""
+    query, key, value = (rewriter.value(op[name], Layout.COMPACT) for name in ("query", "key", "value"))
+    axes = op.axes("query")
+    pairs = Axes((*axes.dims[:-1], (Token.S,)))
+    emit = rewriter.emit
+    mask = None
+    if not op["is_causal"]:
+        valid = rewriter.layouts.valid_at(pairs, len(pairs) - 1)
+        mask = valid
+        if op["attn_mask"] is not None:
+            mask = rewriter.value(op["attn_mask"], Layout.COMPACT, pairs)
+            if fake(mask).dtype is torch.bool:
+                mask = emit.call(aten.logical_and.default, mask, valid)
+            else:
+                mask = emit.call(aten.where.ScalarOther, valid, mask, torch.finfo(fake(mask).dtype).min)
+    elif op["attn_mask"] is not None:
+        raise Refused("attention", "is causal and has a mask too", op.node)
+    return emit.call(
+        op.node.target, query, key, value, mask, op["dropout_p"], op["is_causal"],
+        scale=op["scale"], enable_gqa=op["enable_gqa"],
+    )  # fmt: skip
+

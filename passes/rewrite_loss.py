@@ -1,0 +1,147 @@
+"""Write the loss for the active rows, and fill the two outputs that the plan's anchor stands for.
+
+Which label a logits row is paired with is read from the graph: the code that turned `labels` into the loss
+operator's targets is run once more on label indices. It must only move labels about, and is refused otherwise.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from regate_fx.passes.axes import Axes, Cut, Token
+from regate_fx.passes.base import Refused, fake, is_tensor, operator_name
+from regate_fx.passes.layouts import Layout
+from regate_fx.passes.rules import Operands
+
+if TYPE_CHECKING:
+    from regate_fx.passes.elide import Rewriter
+
+aten = torch.ops.aten
+
+# Operators that move labels without looking at them.
+_MOVES = {
+    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.clone", "aten.contiguous", "aten.alias", "aten.detach",
+    "aten.slice", "aten.pad", "aten.constant_pad_nd", "aten.unsqueeze", "aten.squeeze", "aten.flatten",
+    "aten._to_copy", "aten.to", "aten.roll", "aten.cat", "aten.new_full", "aten.full", "aten.full_like",
+    "aten.lift_fresh_copy",
+}  # fmt: skip
+
+
+@dataclass
+class LossRewrite:
+    """What the loss of the active rows leaves for the outputs.
+
+    nll: float [N], negative log-likelihood of each row's label, 0 where not counted. label: int64 [N], flat
+    index `b * S + t` of that label. valid: bool [N], whether the row has one.
+    """
+
+    nll: fx.Node | None = None
+    label: fx.Node | None = None
+    valid: fx.Node | None = None
+    token_loss: fx.Node | None = None
+    counted: fx.Node | None = None
+
+    def emit_slots(self, rewriter: Rewriter) -> None:
+        """token_loss, float32 [B, S], and counted, bool [B, S], at label positions; zero and False elsewhere."""
+        if self.nll is None:
+            return
+        emit, plan = rewriter.emit, rewriter.layouts.row_of
+        spare = emit.size(plan, 0)
+        slots = emit.call(aten.new_zeros.default, plan, [_plus_one(rewriter, spare)], dtype=torch.float32)
+        place = emit.call(aten.where.self, self.valid, self.label, _full(rewriter, self.label, spare))
+        nll = emit.call(aten._to_copy.default, emit.call(aten.detach.default, self.nll), dtype=torch.float32)
+        written = emit.call(aten.index_put.default, slots, [place], nll)
+        flags = emit.call(aten._to_copy.default, slots, dtype=torch.bool)
+        marked = emit.call(aten.index_put.default, flags, [place], self.valid)
+        self.token_loss, self.counted = (_grid(rewriter, flat) for flat in (written, marked))
+
+
+def _plus_one(rewriter: Rewriter, size: fx.Node | int) -> fx.Node | int:
+    return size + 1 if isinstance(size, int) else rewriter.emit.call(operator.add, size, 1)
+
+
+def _full(rewriter: Rewriter, like: fx.Node | None, value: fx.Node | int) -> fx.Node:
+    """`like` filled with a size; a size may be symbolic, a fill value of `full_like` may not."""
+    zeros = rewriter.emit.call(aten.zeros_like.default, like)
+    return rewriter.emit.call(aten.add.Scalar, zeros, value)
+
+
+def _grid(rewriter: Rewriter, flat: fx.Node) -> fx.Node:
+    sizes = rewriter.layouts.sizes[Layout.DENSE]
+    kept = rewriter.emit.call(aten.slice.Tensor, flat, 0, 0, -1)
+    return rewriter.emit.call(aten.reshape.default, kept, [sizes.batch, sizes.length])
+
+
+def emit_loss(rewriter: Rewriter, node: fx.Node) -> fx.Node:
+    """Cross entropy over the N active rows: the mean over counted labels, or their sum.
+
+    Without any counted label the loss is 0 with zero gradients.
+    """
+    if rewriter.loss.nll is not None:
+        raise Refused("loss", "the model adds up several cross-entropy losses", node)
+    op = Operands(node, rewriter.analysis.axes, rewriter.symbols)
+    emit, loss = rewriter.emit, rewriter.loss
+    logits = rewriter.value(op["self"], Layout.PACKED)
+    ignore = op["ignore_index"]
+    target = _targets(rewriter, op, rewriter.value(op["target"], Layout.DENSE), ignore)
+    indices = _label_indices(rewriter, op["target"], node)
+    loss.label = _targets(rewriter, op, indices, -1)
+    loss.valid = emit.call(aten.ne.Scalar, target, ignore)
+    loss.nll = emit.call(aten.cross_entropy_loss.default, logits, target, None, 0, ignore)
+    total = emit.call(aten.sum.default, loss.nll)
+    if op["reduction"] == 2:
+        return total
+    count = emit.call(aten.clamp.default, emit.call(aten.sum.default, loss.valid), 1)
+    return emit.call(aten.div.Tensor, total, count)
+
+
+def _targets(rewriter: Rewriter, op: Operands, values: fx.Node, filler: int) -> fx.Node:
+    """One entry per active row from a dense [B * S'] tensor; rows that were cut from the logits get `filler`."""
+    emit, sizes = rewriter.emit, rewriter.layouts.sizes[Layout.DENSE]
+    axes: Axes = op.axes("self")
+    factors = [factor for factor in axes.dims[0] if factor is not Token.B]
+    if len(factors) != 1 or (Token.B in axes.dims[0] and axes.dims[0][0] is not Token.B):
+        raise Refused("loss", "orders the rows of the logits in an unknown way", op.node)
+    cut = factors[0]
+    if isinstance(cut, Cut):
+        shorter = emit.call(aten.reshape.default, values, [sizes.batch, -1])
+        values = emit.call(aten.constant_pad_nd.default, shorter, [cut.head, cut.tail], filler)
+        values = emit.call(aten.reshape.default, values, [-1])
+    return emit.call(aten.index.Tensor, values, [rewriter.plan_rows])
+
+
+def _label_indices(rewriter: Rewriter, target: fx.Node, loss: fx.Node) -> fx.Node:
+    """Flat label index of every target, -1 or less where the target is padding that the model put in."""
+    labels = rewriter.plan.labels
+    if labels is None:
+        raise Refused("loss", "computes a loss from something else than `labels`", loss)
+    grid = rewriter.layouts.row_of
+    emit, sizes = rewriter.emit, rewriter.layouts.sizes[Layout.DENSE]
+    index = emit.call(aten.arange.default, emit.size(grid, 0), device=fake(grid).device)
+    index = emit.call(aten.reshape.default, index, [sizes.batch, sizes.length])
+    replayed: dict[fx.Node, fx.Node] = {labels: index}
+
+    def replay(node: fx.Node) -> fx.Node:
+        if node in replayed:
+            return replayed[node]
+        if node.op != "call_function" or not is_tensor(node) or not _depends_on(node, labels):
+            return rewriter.value(node, Layout.DENSE)
+        if operator_name(node) not in _MOVES:
+            raise Refused("loss", f"{operator_name(node)} changes the labels before the loss", node)
+        with emit.like(node):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), replay)
+            replayed[node] = emit.call(node.target, *args, **kwargs)
+        return replayed[node]
+
+    if not _depends_on(target, labels):
+        raise Refused("loss", "computes a loss from something else than `labels`", loss)
+    return replay(target)
+
+
+def _depends_on(node: fx.Node, source: fx.Node) -> bool:
+    return node is source or any(_depends_on(argument, source) for argument in node.all_input_nodes)

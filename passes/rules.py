@@ -1,0 +1,121 @@
+"""What each operator does to token axes: the registry, and the verdict a rule returns.
+
+A rule proves how one operator treats batch and sequence. An operator without a rule, or used in a way its rule
+does not cover, is refused: it may still run densely outside the gated part, never inside it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from regate_fx.passes.axes import NO_AXES, Axes, Meaning, TokenSymbols, merge
+from regate_fx.passes.base import Refused, fake, operator_name
+
+Result = Axes | tuple[Axes, ...]
+
+
+class Kind(enum.Enum):
+    """How an operator treats tokens."""
+
+    ROWS = "every token row by itself"
+    PAIRS = "pairs of positions, or a reduction over positions"
+    ATTENTION = "scaled dot-product attention"
+    LOSS = "cross entropy over token rows"
+    CONSTANT = "the same value at every token, or row numbers: made anew for the active rows"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The axes of a node's value (a tuple for several values) and how it treats tokens."""
+
+    axes: Result
+    kind: Kind = Kind.ROWS
+
+
+Rule = Callable[["Operands"], Verdict]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators, named as `operator_name` names them."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            assert name not in RULES, name
+            RULES[name] = function
+        return function
+
+    return register
+
+
+class Operands:
+    """One node as its rule sees it: arguments by schema name, and the axes of tensor arguments."""
+
+    def __init__(self, node: fx.Node, axes: dict[fx.Node, Result], symbols: TokenSymbols) -> None:
+        self.node = node
+        self.symbols = symbols
+        self._axes = axes
+        self._arguments = _bind(node)
+
+    def __getitem__(self, name: str) -> Any:
+        """An argument by its schema name, with the schema's default where it was left out."""
+        return self._arguments[name]
+
+    def axes(self, operand: str | fx.Node | None) -> Axes:
+        """Axes of an argument; no axes for scalars and None."""
+        value = self._arguments.get(operand) if isinstance(operand, str) else operand
+        if not isinstance(value, fx.Node):
+            return NO_AXES
+        result = self._axes[value]
+        if not isinstance(result, Axes):
+            raise Refused("axis", "a list of tensors is used as one value", self.node)
+        return result
+
+    def result_of(self, operand: str) -> Result:
+        return self._axes[self._arguments[operand]]
+
+    def tensors(self) -> list[fx.Node]:
+        return [node for node in self.node.all_input_nodes if isinstance(fake(node), torch.Tensor)]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the node's own value."""
+        return fake(self.node).shape
+
+    def dim(self, value: int, of: Axes) -> int:
+        return value % max(len(of), 1)
+
+    def refuse(self, code: str, reason: str) -> Refused:
+        return Refused(code, f"{operator_name(self.node)} {reason}", self.node)
+
+
+def _bind(node: fx.Node) -> dict[str, Any]:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {str(index): argument for index, argument in enumerate(node.args)}
+    schema = node.target._schema.arguments
+    bound = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    bound |= {argument.name: value for argument, value in zip(schema, node.args, strict=False)}
+    return bound | dict(node.kwargs)
+
+
+def kind_of(result: Axes, *operands: Axes) -> Kind:
+    """`PAIRS` where the value or an operand ranges over pairs of positions, else `ROWS`."""
+    return Kind.PAIRS if any(axes.sequences > 1 for axes in (result, *operands)) else Kind.ROWS
+
+
+def rowwise(op: Operands, operands: Sequence[Axes]) -> Verdict:
+    """An operator that broadcasts its operands and treats every element by itself."""
+    dims = merge(operands, operator_name(op.node))
+    aggregate = any(axes.aggregate for axes in operands)
+    result = Axes(dims, aggregate=aggregate)
+    if aggregate and result.has_tokens:
+        raise op.refuse("mixes-tokens", "spreads a value that was summed over tokens back to single tokens")
+    if any(axes.meaning not in (None, Meaning.ARANGE) for axes in operands):
+        raise op.refuse("row-numbers", "computes with row numbers or row counts outside a known expert dispatch")
+    return Verdict(result, kind_of(result, *operands))

@@ -1,0 +1,156 @@
+"""Token-axis analysis: prove, node by node, how a graph treats batch and sequence.
+
+Every tensor gets its axes. A node whose operator cannot be proven keeps the reason instead; it may run densely,
+but no gated layer may contain it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from torch import fx
+
+# Imported for the rules they register.
+from regate_fx.passes import rules_attention, rules_index, rules_math, rules_shape  # noqa: F401
+from regate_fx.passes.axes import NO_AXES, Axes, Cut, TokenSymbols, size_expr
+from regate_fx.passes.base import PassContext, PassResult, Refused, fake, operator_name
+from regate_fx.passes.rules import RULES, Kind, Operands, Result, Verdict
+from regate_fx.passes.rules_math import elementwise
+
+
+@dataclass
+class TokenAxes:
+    """The analysis of one graph: axes and kind of every proven node, the refusal of every other."""
+
+    symbols: TokenSymbols
+    axes: dict[fx.Node, Result] = field(default_factory=dict)
+    kinds: dict[fx.Node, Kind] = field(default_factory=dict)
+    unproven: dict[fx.Node, Refused] = field(default_factory=dict)
+
+    def of(self, node: fx.Node) -> Axes:
+        """Axes of a node with one tensor value; raises `Refused` where they are not known."""
+        if node in self.unproven and node not in self.axes:
+            raise self.unproven[node]
+        axes = self.axes[node]
+        if not isinstance(axes, Axes):
+            raise Refused("axis", "a list of tensors is used as one value", node)
+        return axes
+
+
+@dataclass(frozen=True)
+class AnalyseTokenAxes:
+    """Find the axes of every value; leaves the graph alone and puts a `TokenAxes` into the findings."""
+
+    name: str = "token_axes"
+    after: tuple[str, ...] = ("find_plan",)
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        analysis = TokenAxes(ctx.findings["symbols"])
+        for node in gm.graph.nodes:
+            _analyse(node, analysis)
+        ctx.findings["token_axes"] = analysis
+        return PassResult(gm, 0, tuple(refused.refusal() for refused in analysis.unproven.values()))
+
+
+def _analyse(node: fx.Node, analysis: TokenAxes) -> None:
+    value = fake(node)
+    if node.op == "output" or not _is_tensors(value):
+        return
+    try:
+        verdict = _verdict(node, analysis)
+        _check_sizes(node, verdict, analysis.symbols)
+    except Refused as refused:
+        refused.node = refused.node or node
+        analysis.unproven[node] = refused
+        try:
+            analysis.axes[node] = _axes_by_size(value, analysis.symbols)
+        except Refused:
+            pass
+        return
+    analysis.axes[node] = verdict.axes
+    analysis.kinds[node] = verdict.kind
+
+
+def _is_tensors(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(isinstance(item, torch.Tensor) for item in value)
+    return isinstance(value, torch.Tensor)
+
+
+def _axes_by_size(value: object, symbols: TokenSymbols) -> Result:
+    if isinstance(value, torch.Tensor):
+        return symbols.axes_of_shape(value.shape)
+    assert isinstance(value, (tuple, list))
+    return tuple(
+        symbols.axes_of_shape(item.shape) if isinstance(item, torch.Tensor) else NO_AXES for item in value
+    )
+
+
+def _verdict(node: fx.Node, analysis: TokenAxes) -> Verdict:
+    if node.op in ("placeholder", "get_attr"):
+        return Verdict(_axes_by_size(fake(node), analysis.symbols))
+    for source in node.all_input_nodes:
+        if source in analysis.unproven and source not in analysis.axes:
+            raise Refused("axis", f"the axes of {source.name} are not known", node)
+    operands = Operands(node, analysis.axes, analysis.symbols)
+    name = operator_name(node)
+    tokens = [source for source in operands.tensors() if analysis.of(source).has_tokens]
+    if any(_has_cut(analysis.of(source)) for source in tokens):
+        return _on_cut(operands, name)
+    registered = RULES.get(name)
+    if registered is not None:
+        return registered(operands)
+    if not tokens and name != "getitem":
+        return _without_tokens(node, analysis)
+    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+        return elementwise(operands)
+    raise operands.refuse("unknown-operator", "is not an operator whose treatment of tokens is known")
+
+
+def _without_tokens(node: fx.Node, analysis: TokenAxes) -> Verdict:
+    """No operand has token axes: the value is a parameter, a constant, or made of sums over tokens."""
+    aggregate = any(
+        isinstance(axes := analysis.axes.get(source), Axes) and axes.aggregate for source in node.all_input_nodes
+    )
+    axes = _axes_by_size(fake(node), analysis.symbols)
+    if isinstance(axes, Axes):
+        if axes.has_tokens and aggregate:
+            raise Refused("mixes-tokens", f"{operator_name(node)} spreads a sum over tokens", node)
+        axes = Axes(axes.dims, aggregate=aggregate)
+    return Verdict(axes)
+
+
+# What may happen to logits that lost their first or last positions, on the way to the loss.
+_CUT_KEEPS = {
+    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.clone", "aten.contiguous", "aten._to_copy",
+    "aten.slice", "aten.cross_entropy_loss", "aten.flatten", "aten.detach", "aten.alias",
+}  # fmt: skip
+
+
+def _has_cut(axes: Axes) -> bool:
+    return any(isinstance(factor, Cut) for factor in axes.factors)
+
+
+def _on_cut(operands: Operands, name: str) -> Verdict:
+    if name not in _CUT_KEEPS:
+        raise operands.refuse("cuts-tokens", "computes with part of the sequence")
+    return RULES[name](operands)
+
+
+def _check_sizes(node: fx.Node, verdict: Verdict, symbols: TokenSymbols) -> None:
+    """The axes must multiply to the sizes the capture recorded: a rule that is wrong must not pass."""
+    several = isinstance(verdict.axes, tuple)
+    values = fake(node) if several else (fake(node),)
+    for axes, value in zip(verdict.axes if several else (verdict.axes,), values, strict=True):  # type: ignore[arg-type]
+        if not isinstance(value, torch.Tensor):
+            continue
+        sizes = [symbols.size(dim) for dim in axes.dims]
+        wanted = [size_expr(size) for size in value.shape]
+        if len(sizes) != len(wanted) or any(
+            sympy.expand(a - b) != 0 for a, b in zip(sizes, wanted, strict=True)
+        ):
+            raise Refused(
+                "axis", f"{operator_name(node)} was analysed as {sizes} but has shape {wanted}", node
+            )

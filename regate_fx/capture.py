@@ -1,0 +1,204 @@
+"""Trace a model together with its token plan, and run what came of it.
+
+Shapes: B samples, S positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from regate_fx.backend import GatingBackend
+from regate_fx.errors import LayerRefusal, NotGateable
+from regate_fx.inputs import own_signature
+from regate_fx.outputs import GatedOutput
+from regate_fx.passes.base import Refused
+from regate_fx.plan import TokenPlan
+from regate_fx.report import Report
+from regate_fx.summary import summarise
+from regate_fx.wrapper import original_forward
+
+# Sizes of one (B, S, N or L) are specialised by Dynamo, as are train and eval mode and autocast.
+_TRACE_LIMIT = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `regate_fx.compile` was asked for."""
+
+    backend: str | Callable[..., Any] = "inductor"
+    keep_logits: bool = False
+    validate: bool = True
+
+
+@dataclass
+class GatedEngine:
+    """Computes gated calls of one model: captured once, reused for every batch shape and every mask."""
+
+    model: nn.Module
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        self._backend = GatingBackend(self.options.backend)
+        self._report: Report | None = None
+        self._run = torch.compile(_own_code(_traced), backend=self._backend)
+
+    @functools.cached_property
+    def _no_cache(self) -> dict[str, Any]:
+        """A gated call has no cache: what it computed of a sequence is not what a later call would need."""
+        parameters = own_signature(self.model).parameters.values()
+        takes = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        return {"use_cache": False} if takes else {}
+
+    @property
+    def report(self) -> Report | None:
+        return self._report
+
+    def fresh(self, model: nn.Module) -> GatedEngine:
+        return replace(self, model=model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __call__(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
+        """One gated call. Raises `NotGateable` where no layer can be gated."""
+        captures = self._backend.captures
+        seen = captures.graphs, len(captures.refusals)
+        ties = _mark_sizes(plan, inputs)
+        wants_logits = self.options.keep_logits or inputs.get("labels") is None
+        with _capture_config():
+            try:
+                loss, logits, aux_loss, token_loss, counted = self._run(
+                    original_forward(self.model), plan.tensors(), inputs | self._no_cache, ties, wants_logits
+                )
+            except BackendCompilerFailed as error:
+                raise error.inner_exception from error
+        labelled = inputs.get("labels") is not None
+        if captures.graphs != seen[0]:
+            self._report = self._check_captures(labelled, captures.refusals[seen[1] :])
+        if not labelled:
+            return GatedOutput(logits=logits)
+        return GatedOutput(
+            loss=loss, logits=logits, aux_loss=aux_loss, token_loss=token_loss, counted=counted
+        )
+
+    def _check_captures(self, labelled: bool, refused: list[Refused]) -> Report:
+        """Whether what was captured in this call is gated; a part that was refused must not pass unnoticed."""
+        captures = self._backend.captures
+        report = summarise(captures)
+        refusals = [refusal.refusal() for refusal in refused if refusal.code != "no-attention"]
+        if refusals:
+            raise NotGateable(refusals)
+        if not report.gated:
+            missing = LayerRefusal(None, "no-graph", "the token plan reached no decoder layer that can be gated")
+            raise NotGateable(report.refusals or [missing])
+        if labelled and not any(run.context.findings["loss"] for run in captures.runs):
+            reason = "the loss is not a cross entropy over the decoder's tokens in one of the captured graphs"
+            raise NotGateable([LayerRefusal(None, "no-loss", reason), *report.refusals])
+        return report
+
+
+def _own_code(function: types.FunctionType) -> types.FunctionType:
+    """The function with a code object of its own: Dynamo caches graphs, and limits their number, per code object."""
+    copy = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _traced(
+    forward: Callable[..., Any],
+    plan: tuple[Tensor, ...],
+    inputs: dict[str, Any],
+    ties: tuple[tuple[str, int, int], ...],
+    wants_logits: bool,
+) -> tuple[Tensor | None, ...]:
+    """What Dynamo captures: the plan enters through the anchor, and only what the caller needs is returned."""
+    row_of = plan[1]
+    for name, dim, axis in ties:
+        torch._check(inputs[name].shape[dim] == row_of.shape[axis])
+    labels = inputs.get("labels")
+    attention_mask = inputs.get("attention_mask")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        attention_mask = None
+    token_loss, counted = torch.ops.regate_fx.anchor(*plan, attention_mask, labels)
+    output = forward(**inputs)
+    logits = output["logits"] if wants_logits else None
+    # The anchor's results are returned in any case: normalisation drops an operator that nobody reads.
+    loss = output["loss"] if labels is not None else None
+    return loss, logits, output.get("aux_loss"), token_loss, counted
+
+
+def _mark_sizes(plan: TokenPlan, inputs: dict[str, Any]) -> tuple[tuple[str, int, int], ...]:
+    """Make B, S, N and L symbols of the capture, and say which inputs share B and S with the plan.
+
+    A size of one is left to Dynamo, which specialises it.
+    """
+    for tensor in plan.tensors():
+        _mark(tensor, range(tensor.dim()))
+    ties: list[tuple[str, int, int]] = []
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            continue
+        dims = _token_dims(name, value, plan.row_of)
+        _mark(value, [dim for dim, _ in dims])
+        ties.extend((name, dim, axis) for dim, axis in dims)
+    return tuple(ties)
+
+
+def _mark(tensor: Tensor, dims: Any) -> None:
+    for dim in dims:
+        if tensor.shape[dim] > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+# Inputs that by the transformers convention have one entry per position, and where B and S stand in them.
+_BY_POSITION = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids", "token_type_ids")
+
+
+def _token_dims(name: str, value: Tensor, row_of: Tensor) -> list[tuple[int, int]]:
+    """Pairs (dimension, 0 for B or 1 for S) of an input."""
+    batch, length = row_of.shape
+    if name == "inputs_embeds":
+        return [(0, 0), (1, 1)]
+    if value.is_floating_point() and value.dim() != 4:
+        return []
+    if value.dim() == 2 and value.shape == (batch, length):
+        return [(0, 0), (1, 1)]
+    if name in _BY_POSITION and value.dim() >= 2 and value.shape[-1] == length:
+        dims = [(value.dim() - 1, 1)]
+        if value.dim() == 4 and value.shape[2] == length:
+            dims.append((2, 1))
+        batch_dim = value.dim() - 2 if value.dim() < 4 else 0
+        if value.shape[batch_dim] == batch:
+            dims.append((batch_dim, 0))
+        return dims
+    return []
+
+
+def _capture_config() -> Any:
+    """Dynamo settings for our own capture, restored afterwards."""
+    return torch._dynamo.config.patch(
+        optimize_ddp=False,
+        ignore_logging_functions=_logging_methods(),
+        recompile_limit=_TRACE_LIMIT,
+    )
+
+
+def _logging_methods() -> set[Callable[..., Any]]:
+    """A warning of the model's must not break the graph between its layers and its loss."""
+    names = ("debug", "info", "warning", "info_once", "warning_once", "warning_advice")
+    return {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}

@@ -1,0 +1,206 @@
+"""Variable-length attention over packed rows: one differentiable operator, whatever kernel computes it.
+
+Shapes: N packed rows, B samples, S positions, Hq query heads, Hk key heads, Bm and Hm batch and heads of a
+mask, d width of a query and key, dv width of a value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regate_fx.errors import InvalidInput, Unsupported
+from regate_fx.ops import attention_cpu, attention_cuda
+from regate_fx.ops.attention_cpu import Visibility
+from regate_fx.ops.attention_kernels import supported
+
+__all__ = ["supported", "varlen_attention", "varlen_attention_backward"]
+
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, Tensor positions, Tensor? mask, "
+    "bool causal, int window, float scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor)"
+)
+_BACKWARD_SCHEMA = (
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
+    "SymInt max_seqlen, Tensor positions, Tensor? mask, bool causal, int window, float scale, "
+    "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op(
+    "regate_fx::varlen_attention",
+    mutates_args=(),
+    schema=_SCHEMA,
+    device_types="cpu",
+    tags=(torch.Tag.flexible_layout,),
+)
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    positions: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    window: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of every packed row to the packed rows of its own sample.
+
+    q:          floating [1, Hq, N, d], k: [1, Hk, N, d], v: [1, Hk, N, dv]; one dtype, any strides. Query
+                head h reads key head `h // (Hq // Hk)`.
+    cu_seqlens: int32 [B+1], the packed row at which each sample starts; a sample may be empty.
+    max_seqlen: the most rows of a sample.
+    positions:  int64 [N], the original position of every packed row, ascending inside a sample.
+    mask:       None, or bool (True: may see) or floating (added to the scores) [Bm, Hm, S, S] over original
+                positions, Bm in {1, B}, Hm in {1, Hq}; read at the active pairs only. Excludes causal and
+                window.
+    causal:     a query sees keys at its own position or before.
+    window:     W > 0: a query sees keys at original positions after `query - W` only; 0: no limit.
+    dropout_p:  probability that an attention weight is dropped, the others growing by 1 / (1 - p); `seed`,
+                int64 [1], decides which, so that equal arguments give equal results in a recomputation.
+
+    Returns out [1, Hq, N, dv], whose transpose(1, 2) is contiguous, and lse [Hq, N], the logsumexp of each
+    query's scores: float32, float64 for float64 queries. lse serves the backward only and has no gradient.
+    A query that sees no key gets zeros. Differentiable once, in q, k and v. Raises `InvalidInput` for heads
+    that do not divide, a mask beside causal or window, and dropout without a seed; `Unsupported` for a mask
+    that requires grad and for what `supported` names.
+    """
+    if q.shape[1] % k.shape[1]:
+        problem = f"{q.shape[1]} query heads do not divide among {k.shape[1]} key heads."
+        raise InvalidInput("q", problem, "Use a multiple of the key heads.")
+    if mask is not None and (causal or window):
+        raise InvalidInput("mask", "was given beside causal or window.", "Put them into the mask.")
+    sees = Visibility(positions, mask, causal, window)
+    return attention_cpu.forward(q, k, v, cu_seqlens, sees, scale, dropout_p, _seed(dropout_p, seed))
+
+
+@torch.library.custom_op(
+    "regate_fx::varlen_attention_backward",
+    mutates_args=(),
+    schema=_BACKWARD_SCHEMA,
+    device_types="cpu",
+    tags=(torch.Tag.flexible_layout,),
+)
+def varlen_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    positions: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    window: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v, each with a contiguous transpose(1, 2).
+
+    grad_out [1, Hq, N, dv]; out and lse as `varlen_attention` returned them, the rest as it took them.
+    """
+    sees = Visibility(positions, mask, causal, window)
+    return attention_cpu.backward(
+        grad_out, q, k, v, out, lse, cu_seqlens, sees, scale, dropout_p, _seed(dropout_p, seed)
+    )
+
+
+def _seed(dropout_p: float, seed: Tensor | None) -> int:
+    if dropout_p == 0:
+        return 0
+    if seed is None:
+        raise InvalidInput("seed", "attention dropout has no seed.", "Pass an int64 tensor of one element.")
+    return int(seed)
+
+
+@varlen_attention.register_kernel("cuda")
+def _forward_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    positions: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    window: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    reason = supported(q.device.type, q.dtype, causal, window, mask, dropout_p, q.shape[-1], v.shape[-1])
+    if reason:
+        raise Unsupported("this attention", f"{reason}.", "Ask regate_fx.ops.attention.supported beforehand.")
+    return attention_cuda.forward(q, k, v, cu_seqlens, max_seqlen, causal, scale)
+
+
+@varlen_attention_backward.register_kernel("cuda")
+def _backward_cuda(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    positions: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    window: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return attention_cuda.backward(grad_out, q, k, v, out, lse, cu_seqlens, max_seqlen, causal, scale)
+
+
+def _packed(like: Tensor, width: Any) -> Tensor:
+    """Allocate [1, H, N, width] whose transpose(1, 2) is contiguous."""
+    return like.new_empty(1, like.shape[2], like.shape[1], width).transpose(1, 2)
+
+
+@varlen_attention.register_fake
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return _packed(q, v.shape[-1]), q.new_empty(q.shape[1], q.shape[2], dtype=lse_dtype)
+
+
+@varlen_attention_backward.register_fake
+def _backward_fake(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _packed(q, q.shape[-1]), _packed(k, k.shape[-1]), _packed(v, v.shape[-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, max_seqlen, positions, mask, *rest, seed = inputs
+    if mask is not None and mask.requires_grad:
+        raise Unsupported(
+            "a gradient of the attention mask", "the operator differentiates q, k and v.", "Detach the mask."
+        )
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, positions, mask, seed)
+    ctx.max_seqlen = max_seqlen
+    ctx.rest = rest
+
+
+def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, cu_seqlens, positions, mask, seed = ctx.saved_tensors
+    grads = varlen_attention_backward(
+        grad_out, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, positions, mask, *ctx.rest, seed
+    )
+    return (*grads, *(None,) * 9)
+
+
+varlen_attention.register_autograd(_autograd, setup_context=_setup_context)

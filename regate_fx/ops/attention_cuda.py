@@ -1,0 +1,163 @@
+"""Variable-length attention on CUDA: flash_attn where it is installed, torch's own kernel elsewhere.
+
+Shapes: N packed rows, B samples, Hq query heads, Hk key heads, d head width. The kernels take [N, H, d].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regate_fx.ops.attention_kernels import Kernel, choose_kernel, flash_attn_installed, torch_version
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return out [1, Hq, N, d] with a contiguous transpose(1, 2) and lse float32 [Hq, N]."""
+    if q.shape[2] == 0:
+        return torch.empty_like(q), q.new_empty(q.shape[1], 0, dtype=torch.float32)
+    kernel = _kernel(q, k)
+    rows_q, rows_k, rows_v = _rows(q), _repeated(_rows(k), q, kernel), _repeated(_rows(v), q, kernel)
+    if kernel.name == "flash_attn":
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+        out, lse, *_ = _flash_attn_varlen_forward(
+            rows_q,
+            rows_k,
+            rows_v,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen,
+            dropout_p=0.0,
+            softmax_scale=scale,
+            causal=causal,
+        )
+    else:
+        out, lse = _torch_forward(rows_q, rows_k, rows_v, cu_seqlens, max_seqlen, causal, scale, kernel)
+    return _heads(out), lse.contiguous()
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v, each [1, H, N, d] with a contiguous transpose(1, 2)."""
+    if q.shape[2] == 0:
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    kernel = _kernel(q, k)
+    rows_q, rows_k, rows_v = _rows(q), _repeated(_rows(k), q, kernel), _repeated(_rows(v), q, kernel)
+    rows = (_rows(grad_out), rows_q, rows_k, rows_v, _rows(out))
+    if kernel.name == "flash_attn":
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+
+        grads = (torch.empty_like(rows_q), torch.empty_like(rows_k), torch.empty_like(rows_v))
+        _flash_attn_varlen_backward(
+            *rows,
+            lse,
+            *grads,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen,
+            dropout_p=0.0,
+            softmax_scale=scale,
+            causal=causal,
+            window_size_left=-1,
+            window_size_right=-1,
+            softcap=0.0,
+            alibi_slopes=None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+    else:
+        grads = _torch_backward(*rows, lse, cu_seqlens, max_seqlen, causal, scale)
+    return _heads(grads[0]), _heads(_summed(grads[1], k)), _heads(_summed(grads[2], v))
+
+
+def _torch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+    kernel: Kernel,
+) -> tuple[Tensor, Tensor]:
+    import torch.nn.attention.varlen  # registers torch_attn::_varlen_attn
+
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    window = [-1, 0] if causal else [-1, -1]
+    out, lse, _ = torch.ops.torch_attn._varlen_attn(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        causal,
+        scale=scale,
+        window_size=window,
+        **grouped,
+    )
+    return out, lse
+
+
+def _torch_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    import torch.nn.attention.varlen  # registers torch_attn::_varlen_attn_backward
+
+    window = [-1, 0] if causal else [-1, -1]
+    # The kernel asks for the random state of dropout, which it does not use: its dropout is fixed to 0.
+    random_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    return torch.ops.torch_attn._varlen_attn_backward(
+        grad_out, q, k, v, out, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal, random_state,
+        scale=scale, window_size=window,
+    )  # fmt: skip
+
+
+def _kernel(q: Tensor, k: Tensor) -> Kernel:
+    return choose_kernel(flash_attn_installed(), torch_version(), q.shape[1], k.shape[1])
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """View [1, H, N, d] as [N, H, d] with unit stride inside."""
+    rows = heads[0].transpose(0, 1)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _heads(rows: Tensor) -> Tensor:
+    """View [N, H, d] as [1, H, N, d] whose transpose(1, 2) is contiguous."""
+    return rows.contiguous()[None].transpose(1, 2)
+
+
+def _repeated(rows: Tensor, q: Tensor, kernel: Kernel) -> Tensor:
+    return rows.repeat_interleave(q.shape[1] // rows.shape[1], 1) if kernel.repeat_keys else rows
+
+
+def _summed(grad: Tensor, like: Tensor) -> Tensor:
+    """Sum a gradient [N, Hq, d] of repeated key heads to [N, Hk, d]; one that is not repeated is returned."""
+    key_heads = like.shape[1]
+    if grad.shape[1] == key_heads:
+        return grad
+    return grad.unflatten(1, (key_heads, -1)).sum(2)

@@ -1,0 +1,58 @@
+"""Operators that mark places in a captured graph; the passes replace them before anything runs.
+
+Shapes: B samples, S positions, N active positions, L the most active positions of a sample.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("regate_fx::anchor", mutates_args=())
+def anchor(
+    rows: Tensor,
+    row_of: Tensor,
+    cu_seqlens: Tensor,
+    slot_rows: Tensor,
+    row_slots: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Bring the token plan into the graph and stand for its two extra outputs.
+
+    Takes the tensors of `regate_fx.plan.TokenPlan`, the padding mask [B, S] it was made with and the labels [B, S]; returns placeholders for the token
+    losses, float32 [B, S], and the counted labels, bool [B, S]. A graph in which the passes found no loss runs this
+    body: NaN says that nothing was written.
+    """
+    return row_of.new_full(row_of.shape, float("nan"), dtype=torch.float32), torch.zeros_like(
+        row_of, dtype=torch.bool
+    )
+
+
+@anchor.register_fake
+def _(
+    rows: Tensor,
+    row_of: Tensor,
+    cu_seqlens: Tensor,
+    slot_rows: Tensor,
+    row_slots: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(row_of, dtype=torch.float32), torch.empty_like(row_of, dtype=torch.bool)
+
+
+@torch.library.custom_op("regate_fx::opaque", mutates_args=())
+def opaque(operands: list[Tensor], sizes: list[int], like: list[int], key: int) -> list[Tensor]:
+    """Carry an operator that must stay whole through normalisation.
+
+    Output i has the shape and dtype of `operands[like[i]]`; `sizes` are the operator's integer operands; `key`
+    names the operator it stands for.
+    """
+    raise AssertionError("regate_fx::opaque stands for another operator and must not run")
+
+
+@opaque.register_fake
+def _(operands: list[Tensor], sizes: list[int], like: list[int], key: int) -> list[Tensor]:
+    return [torch.empty_like(operands[index]) for index in like]

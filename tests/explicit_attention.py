@@ -1,0 +1,112 @@
+"""Attention by an explicit softmax over all N x N pairs of packed rows: what the operator is tested against.
+
+Shapes: N packed rows, S positions, Hq query heads, Hk key heads, d width of a query and key, dv of a value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regate_fx.ops.attention import varlen_attention
+
+S = 11
+SCALE = 0.4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention: `lengths` active rows of each sample; `mask` is None, "bool" or "float"."""
+
+    lengths: tuple[int, ...] = (4, 0, 1, S, 7)
+    heads: tuple[int, int] = (4, 2)
+    widths: tuple[int, int] = (8, 8)
+    causal: bool = True
+    window: int = 0
+    mask: str | None = None
+    mask_shape: tuple[bool, bool] = (False, False)
+
+
+class Batch:
+    """Random operands of a case, the values representable in `dtype`."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, seed: int = 0) -> None:
+        self.case = case
+        generator = torch.Generator().manual_seed(seed)
+        random = torch.rand(len(case.lengths), S, generator=generator)
+        ranks = random.argsort(1).argsort(1)
+        active = ranks < torch.tensor(case.lengths)[:, None]
+        self.sample, self.positions = active.nonzero(as_tuple=True)
+        self.cu_seqlens = torch.tensor([0, *case.lengths]).cumsum(0).to(torch.int32)
+        (Hq, Hk), (d, dv), N = case.heads, case.widths, len(self.positions)
+        self.qkv = [
+            torch.randn(1, N, H, w, generator=generator).to(dtype).transpose(1, 2)
+            for H, w in ((Hq, d), (Hk, d), (Hk, dv))
+        ]
+        self.grad_out = torch.randn(1, Hq, N, dv, generator=generator).to(dtype)
+        self.mask = None
+        if case.mask is not None:
+            per_sample, per_head = case.mask_shape
+            shape = (len(case.lengths) if per_sample else 1, Hq if per_head else 1, S, S)
+            self.mask = torch.randn(shape, generator=generator).to(dtype)
+            if case.mask == "bool":
+                self.mask = self.mask > -0.3
+
+    def leaves(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        return [t.detach().to(dtype or t.dtype).requires_grad_() for t in self.qkv]
+
+    def rest(self, dropout_p: float = 0.0, seed: int | None = None) -> tuple:
+        case = self.case
+        seed_tensor = None if seed is None else torch.tensor([seed])
+        return (
+            *(self.cu_seqlens, max(case.lengths), self.positions, self.mask),
+            *(case.causal, case.window, SCALE, dropout_p, seed_tensor),
+        )
+
+    def op(self, dtype: torch.dtype | None = None, **dropout: float) -> list[Tensor]:
+        """Return out and the gradients of q, k and v."""
+        leaves = self.leaves(dtype)
+        out, _ = varlen_attention(*leaves, *self.rest(**dropout))
+        return [out.detach(), *torch.autograd.grad(out, leaves, self.grad_out.to(out.dtype))]
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Return the scores [Hq, N, N] of all pairs, -inf where the query does not see the key."""
+        groups = q.shape[1] // k.shape[1]
+        scores = torch.einsum("hid,hjd->hij", q[0], k[0].repeat_interleave(groups, 0)) * SCALE
+        at, case = self.positions, self.case
+        visible = (self.sample[:, None] == self.sample).expand_as(scores).clone()
+        if case.causal:
+            visible &= at <= at[:, None]
+        if case.window:
+            visible &= at > at[:, None] - case.window
+        if self.mask is not None:
+            samples = self.sample[:, None].clamp(max=self.mask.shape[0] - 1)
+            of_pairs = self.mask[samples, :, at[:, None], at].permute(2, 0, 1)
+            if case.mask == "bool":
+                visible &= of_pairs
+            else:
+                scores = scores + of_pairs.to(scores.dtype)
+        return scores.masked_fill(~visible, float("-inf"))
+
+    def explicit(self, dtype: torch.dtype, factors: Tensor | None = None) -> list[Tensor]:
+        """What `op` returns, by plain operators in `dtype`; `factors` multiply the weights [Hq, N, N]."""
+        q, k, v = leaves = self.leaves(dtype)
+        weights = self.scores(q, k).softmax(-1).nan_to_num(0.0)
+        if factors is not None:
+            weights = weights * factors
+        out = torch.einsum("hij,hjd->hid", weights, v[0].repeat_interleave(q.shape[1] // v.shape[1], 0))[None]
+        return [out.detach(), *torch.autograd.grad(out, leaves, self.grad_out.to(dtype))]
+
+
+def assert_as_good_as(actual: list[Tensor], plain: list[Tensor], golden: list[Tensor]) -> None:
+    """The error against the float64 golden is at most twice that of the plain computation in its dtype.
+
+    Errors are norms over a whole tensor: the worst single element of a few hundred is mostly luck. The floor,
+    one rounding of the largest tensor, is for gradients whose terms cancel to 0.
+    """
+    floor = torch.finfo(actual[0].dtype).eps * max(exact.norm() for exact in golden)
+    for ours, theirs, exact in zip(actual, plain, golden, strict=True):
+        assert ours.shape == exact.shape
+        assert (ours.double() - exact).norm() <= 2 * (theirs.double() - exact).norm() + floor

@@ -1,0 +1,105 @@
+"""Random model shapes and random batches: whatever the numbers, a gated step is what the oracle says.
+
+Shapes: B samples, S positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import check_step
+from small_models import MODELS, Side, build, random_batch
+
+import regate_fx
+
+BATCHES_PER_MODEL = 6
+
+
+@st.composite
+def llama_like_shapes(draw: st.DrawFn) -> dict[str, Any]:
+    heads = draw(st.sampled_from([1, 2, 3, 4, 6]))
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0])),
+        "head_dim": draw(st.sampled_from([4, 6, 8, 16])),
+        "hidden_size": heads * draw(st.sampled_from([4, 6, 10])),
+        "intermediate_size": draw(st.sampled_from([8, 28])),
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+
+
+@st.composite
+def windowed_shapes(draw: st.DrawFn) -> dict[str, Any]:
+    return {**draw(llama_like_shapes()), "sliding_window": draw(st.integers(1, 7))}
+
+
+@st.composite
+def gpt2_shapes(draw: st.DrawFn) -> dict[str, Any]:
+    heads = draw(st.sampled_from([1, 2, 3, 4]))
+    return {
+        "n_head": heads,
+        "n_embd": heads * draw(st.sampled_from([4, 6, 8])),
+        "n_layer": draw(st.integers(1, 3)),
+        "n_inner": draw(st.sampled_from([None, 20])),
+    }
+
+
+@st.composite
+def batches(draw: st.DrawFn, smallest: int = 2) -> dict[str, Any]:
+    """Arguments of `random_batch`; share 0 leaves a single active token."""
+    side: Side = draw(st.sampled_from(["left", "right"]))
+    return {
+        "B": draw(st.integers(smallest, 5)),
+        "S": draw(st.integers(smallest, 17)),
+        "padding": side,
+        "share": draw(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.8, 0.95, 1.0])),
+        "holes": draw(st.sampled_from([0.0, 0.4, 0.9])),
+    }
+
+
+def check_batches(name: str, shape: dict[str, Any], steps: list[dict[str, Any]], seed: int) -> None:
+    torch._dynamo.reset()
+    model = build(name, seed=seed, **shape)
+    gated = regate_fx.compile(model, backend="eager")
+    generator = torch.Generator().manual_seed(seed)
+    for step in steps:
+        batch = random_batch(generator, **step)
+        check_step(gated, model, MODELS[name], batch, f"{name} {shape}, {step}, seed {seed}")
+
+
+several_batches = st.lists(batches(), min_size=BATCHES_PER_MODEL, max_size=BATCHES_PER_MODEL)
+seeds = st.integers(0, 2**16)
+
+
+@given(
+    name=st.sampled_from(["llama", "qwen2", "qwen3"]),
+    shape=llama_like_shapes(),
+    steps=several_batches,
+    seed=seeds,
+)
+def test_llama_like(name: str, shape: dict[str, Any], steps: list[dict[str, Any]], seed: int) -> None:
+    check_batches(name, shape, steps, seed)
+
+
+@given(
+    name=st.sampled_from(["mistral", "gemma3"]), shape=windowed_shapes(), steps=several_batches, seed=seeds
+)
+def test_windowed(name: str, shape: dict[str, Any], steps: list[dict[str, Any]], seed: int) -> None:
+    if name == "gemma3":
+        kinds = ("sliding_attention", "full_attention")
+        shape = {**shape, "layer_types": [kinds[layer % 2] for layer in range(shape["num_hidden_layers"])]}
+    check_batches(name, shape, steps, seed)
+
+
+@given(shape=gpt2_shapes(), steps=several_batches, seed=seeds)
+def test_gpt2_like(shape: dict[str, Any], steps: list[dict[str, Any]], seed: int) -> None:
+    check_batches("gpt2", shape, steps, seed)
+
+
+@given(shape=llama_like_shapes(), step=batches(smallest=1), seed=seeds)
+def test_the_first_batch_may_have_any_size(shape: dict[str, Any], step: dict[str, Any], seed: int) -> None:
+    check_batches("llama", shape, [step], seed)

@@ -162,7 +162,7 @@ def _mark_sizes(plan: TokenPlan, inputs: dict[str, Any]) -> tuple[tuple[str, int
 def _mark(tensor: Tensor, dims: Any) -> None:
     for dim in dims:
         if tensor.shape[dim] > 1:
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+            torch._dynamo.mark_dynamic(tensor, dim)
 
 
 # Inputs that by the transformers convention have one entry per position, and where B and S stand in them.
@@ -195,6 +195,7 @@ def _capture_config() -> Any:
         optimize_ddp=False,
         ignore_logging_functions=_logging_methods(),
         recompile_limit=_TRACE_LIMIT,
+        specialize_float=True,
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from regate_fx.errors import InvalidInput, Unsupported
-from regate_fx.ops import attention_explicit
+from regate_fx.ops import attention_explicit, attention_flash_cpu
 from regate_fx.ops.attention import supported, varlen_attention
 from regate_fx.ops.attention_kernels import Kernel, choose_kernel
 
@@ -49,6 +49,15 @@ CASES = [
 def test_is_as_exact_as_the_plain_computation(case: Case, dtype: torch.dtype) -> None:
     batch = Batch(case, dtype)
     assert_as_good_as(batch.op(), batch.explicit(dtype), batch.explicit(torch.float64))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.heads[0] != case.heads[1]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_whose_kernel_does_not_group_heads(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_flash_cpu, "torch_version", lambda: (2, 11))
+    test_is_as_exact_as_the_plain_computation(case, dtype)
 
 
 @given(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regate_fx.ops import attention_explicit
+from regate_fx.ops import attention_explicit, attention_flash_cpu
 
 # A query whose every key is masked by a large finite number has a logsumexp so far from 0 that the backward
 # of flash attention, which rebuilds the weights from it, loses them to rounding. Real scores stay above this.
@@ -69,17 +69,16 @@ def forward(
     width = max(q.shape[-1], v.shape[-1])
     q, k, padded_v = (_to_width(t, width) for t in (q, k, v))
     draws = attention_explicit.Dropout(dropout_p, seed)
+    single = dropout_p > 0 or attention_flash_cpu.must_split(q.shape[1], k.shape[1])
     outs, lses = [], []
-    for block in _blocks(cu_seqlens, sees, q.dtype, single=dropout_p > 0):
+    for block in _blocks(cu_seqlens, sees, q.dtype, single):
         block_q, block_k, block_v = block.of(q), block.of(k), block.of(padded_v)
         if dropout_p > 0:
             out, lse = attention_explicit.forward(
                 block_q, block_k, block_v, block.bias, sees.causal, scale, draws
             )
         else:
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                block_q, block_k, block_v, 0.0, sees.causal, attn_mask=block.bias, scale=scale
-            )
+            out, lse = attention_flash_cpu.forward(block_q, block_k, block_v, block.bias, sees.causal, scale)
         outs.append(_pack(out, v.shape[-1]))
         lses.append(lse.transpose(0, 1).flatten(1))
     return _join(outs, q, v.shape[-1]), torch.cat(lses, 1) if lses else q.new_empty(
@@ -105,8 +104,9 @@ def backward(
     grad_out, q, k, v, out = (_to_width(t, max(d, dv)) for t in (grad_out, q, k, v, out))
     lse_rows = lse[None, :, :, None]
     draws = attention_explicit.Dropout(dropout_p, seed)
+    single = dropout_p > 0 or attention_flash_cpu.must_split(q.shape[1], k.shape[1])
     grads: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    for block in _blocks(cu_seqlens, sees, q.dtype, single=dropout_p > 0):
+    for block in _blocks(cu_seqlens, sees, q.dtype, single):
         block_grad, block_q, block_k, block_v = (block.of(t) for t in (grad_out, q, k, v))
         block_lse = block.of(lse_rows).squeeze(-1)
         if dropout_p > 0 or (sees.mask is not None and bool((block_lse < _LSE_FLOOR).any())):
@@ -114,10 +114,10 @@ def backward(
                 block_grad, block_q, block_k, block_v, block.bias, sees.causal, scale, draws
             )
         else:
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                block_grad, block_q, block_k, block_v, block.of(out), block_lse, 0.0, sees.causal,
-                attn_mask=block.bias, scale=scale,
-            )  # fmt: skip
+            parts = attention_flash_cpu.backward(
+                *(block_grad, block_q, block_k, block_v, block.of(out), block_lse),
+                *(block.bias, sees.causal, scale),
+            )
         for packed, part, width in zip(grads, parts, (d, d, dv), strict=True):
             packed.append(_pack(part, width))
     return _join(grads[0], q, d), _join(grads[1], k, d), _join(grads[2], v, dv)

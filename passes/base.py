@@ -97,3 +97,10 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
 
 def is_tensor(node: object) -> bool:
     return isinstance(node, fx.Node) and isinstance(fake(node), torch.Tensor)
+
+
+def is_tensors(value: object) -> bool:
+    """Whether a fake value is a tensor, or a tuple or list that holds one."""
+    if isinstance(value, (tuple, list)):
+        return any(isinstance(item, torch.Tensor) for item in value)
+    return isinstance(value, torch.Tensor)

@@ -14,10 +14,10 @@ import torch
 from torch import fx
 
 from regate_fx.passes.axes import NO_AXES, Axes, Token, TokenSymbols, size_expr
-from regate_fx.passes.base import PassContext, PassResult, Refused, fake, fake_mode_of, is_tensor, operator_name
+from regate_fx.passes.base import PassContext, PassResult, Refused, fake, fake_mode_of, is_tensor, is_tensors, operator_name
 from regate_fx.passes.emit import Emitter
 from regate_fx.passes.layers import DecoderStack
-from regate_fx.passes.layouts import Layout, Layouts, Size
+from regate_fx.passes.layouts import Layout, Layouts
 from regate_fx.passes.placement import Placement
 from regate_fx.passes.plan_nodes import ANCHOR, PlanNodes
 from regate_fx.passes.rewrite_attention import emit_compact, emit_kernel
@@ -69,7 +69,7 @@ class Rewriter:
         self.layouts: Layouts
         self.loss = LossRewrite()
         self._values: dict[fx.Node, _Values] = {}
-        self._symints: dict[tuple[fx.Node, Layout], Size] = {}
+        self._symints: dict[tuple[fx.Node, Layout], Any] = {}
 
     def run(self) -> None:
         for node in self.gm.graph.nodes:
@@ -125,29 +125,47 @@ class Rewriter:
             raise Refused("layout", f"{node.name} is computed on active rows but needed at every position", node)
         return self.layouts.scatter(self.value(node, Layout.PACKED), axes, self.value(base, Layout.DENSE))
 
-    def symint(self, node: fx.Node, layout: Layout) -> Size:
+    def symint(self, node: fx.Node, layout: Layout) -> Any:
         """A captured size, with B and S replaced by what they are in a layout."""
         if (node, layout) not in self._symints:
             self._symints[node, layout] = self._resize(node, layout)
         return self._symints[node, layout]
 
-    def _resize(self, node: fx.Node, layout: Layout) -> Size:
-        expr = size_expr(fake(node)) if isinstance(fake(node), (int, torch.SymInt)) else None
-        if layout is Layout.DENSE or expr is None or not self.symbols.mentions(expr):
-            return self.value(node, Layout.DENSE)
-        sizes = self.layouts.sizes[layout]
-        if expr == self.symbols.batch:
-            return sizes.batch
-        if expr == self.symbols.length:
-            return sizes.length
-        if node.target is aten.sym_size.int and self.placement.layout(node.args[0]) is layout:  # type: ignore[arg-type]
-            return self.emit.size(self.value(node.args[0], layout), node.args[1])  # type: ignore[arg-type]
-        if node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
+    def _resize(self, node: fx.Node, layout: Layout) -> Any:
+        held = self._values.get(node, _Values()).layouts.get(Layout.DENSE)
+        value = fake(node)
+        if not isinstance(value, (int, torch.SymInt)) or (held is not None and layout is Layout.DENSE):
+            return held
+        expr = size_expr(value)
+        if expr.is_Integer:
+            return int(expr)
+        if self.symbols.mentions(expr) and not (held is None and layout is Layout.DENSE and not self._is_open):
+            sizes = self.layouts.sizes[layout]
+            if expr == self.symbols.batch:
+                return sizes.batch
+            if expr == self.symbols.length:
+                return sizes.length
+        elif held is not None:
+            return held
+        if node.op == "call_function" and not any(is_tensor(source) for source in node.all_input_nodes):
             operands = [self.symint(arg, layout) if isinstance(arg, fx.Node) else arg for arg in node.args]
             if all(isinstance(operand, int) for operand in operands):
                 return node.target(*operands)  # type: ignore[operator]
             return self.emit.call(node.target, *operands)
+        if node.target is aten.sym_size.int:
+            return self._size_of(node, layout)
         raise Refused("size", f"a size {expr} cannot be made anew for the active rows", node)
+
+    def _size_of(self, node: fx.Node, layout: Layout) -> Any:
+        source, dim = node.args
+        assert isinstance(source, fx.Node) and isinstance(dim, int)
+        if self.symbols.mentions(size_expr(fake(node))):
+            return self.emit.size(self.value(source, layout), dim)
+        return self.emit.size(next(iter(self._values[source].layouts.values())), dim)
+
+    @property
+    def _is_open(self) -> bool:
+        return hasattr(self, "layouts")
 
     # -- writing nodes -----------------------------------------------------------------------------------
 
@@ -159,6 +177,8 @@ class Rewriter:
             values.layouts[Layout.DENSE] = self._copy_input(node)
         elif node.target is ANCHOR:
             self._open_plan()
+        elif not is_tensors(fake(node)) and node.op == "call_function" and fake(node) is not None:
+            pass  # sizes are made where they are used
         elif node in self.plan.token_loss or node in self.plan.counted:
             pass
         elif kind is Kind.LOSS and layout is Layout.PACKED:
@@ -179,7 +199,7 @@ class Rewriter:
 
     def _open_plan(self) -> None:
         """Once the plan's tensors are in the new graph, layouts can be made from them."""
-        if hasattr(self, "layouts"):
+        if self._is_open:
             return
 
         def new(node: fx.Node) -> fx.Node:
@@ -221,7 +241,7 @@ class Rewriter:
         return is_whole_slice(operands) or Token.S in axes.dims[dim]
 
     def _emit_output(self, node: fx.Node) -> None:
-        if hasattr(self, "layouts"):
+        if self._is_open:
             self.loss.emit_slots(self)
 
         def replace(value: fx.Node) -> fx.Node:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regate_fx.passes.base import fake
@@ -39,7 +40,8 @@ class Emitter:
         node = self.graph.call_function(target, args, kwargs)
         self._inherit(node)
         values, named = fx.map_arg((args, kwargs), fake)
-        with self._fake_mode, _autocast(node.meta.get("autocast", ())):
+        # The Python dispatcher brings decompositions that keep sizes symbolic where C++ kernels would read them.
+        with self._fake_mode, enable_python_dispatcher(), _autocast(node.meta.get("autocast", ())):
             node.meta["val"] = target(*values, **named)
         return node
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from regate_fx.passes.axes import Axes, has_token
-from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_tensor, operator_name
+from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_tensor, is_tensors, operator_name
 from regate_fx.passes.rules import Kind
 from regate_fx.passes.token_axes import TokenAxes
 
@@ -89,7 +89,9 @@ def _content(gm: fx.GraphModule, analysis: TokenAxes) -> set[fx.Node]:
     """Everything computed from token embeddings (positions, masks and rotary tables are not)."""
     content: set[fx.Node] = set()
     for node in gm.graph.nodes:
-        if node.op != "output" and (_is_source(node, analysis) or any(n in content for n in node.all_input_nodes)):
+        if not is_tensors(fake(node)):
+            continue  # a size of a token tensor is a size, not content
+        if _is_source(node, analysis) or any(n in content for n in node.all_input_nodes):
             content.add(node)
     return content
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from regate_fx.ops.attention_kernels import supported
 from regate_fx.passes.axes import Axes
-from regate_fx.passes.base import PassContext, PassResult, Refused, fake, operator_name
+from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_tensors, operator_name
 from regate_fx.passes.layers import DecoderStack, Layer
 from regate_fx.passes.layouts import Layout
 from regate_fx.passes.masks import MaskProof
@@ -215,7 +215,7 @@ class _Placer:
         return needed
 
     def _reads_densely(self, user: fx.Node, node: fx.Node, needed: set[fx.Node]) -> bool:
-        if node not in self.stack.content:
+        if node not in self.stack.content or (user.op != "output" and not is_tensors(fake(user))):
             return False
         axes = self.analysis.axes.get(node)
         if isinstance(axes, Axes) and not axes.has_tokens and not axes.aggregate and not axes.meaning:

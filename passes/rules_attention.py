@@ -106,7 +106,7 @@ def _is_elementwise(node: fx.Node) -> bool:
     packet = getattr(torch.ops.aten, {"truediv": "div"}.get(name, name), None)
     if packet is None:
         return False
-    overloads = [getattr(packet, overload) for overload in packet.overloads()]
-    return all(torch.Tag.pointwise in overload.tags for overload in overloads if "out" not in overload._overloadname)
+    overloads = [getattr(packet, name) for name in packet.overloads() if name in ("default", "Tensor")]
+    return bool(overloads) and all(torch.Tag.pointwise in overload.tags for overload in overloads)
 
 

@@ -15,7 +15,7 @@ from torch import fx
 # Imported for the rules they register.
 from regate_fx.passes import rules_attention, rules_index, rules_math, rules_shape  # noqa: F401
 from regate_fx.passes.axes import NO_AXES, Axes, Cut, TokenSymbols, size_expr
-from regate_fx.passes.base import PassContext, PassResult, Refused, fake, operator_name
+from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_tensors, operator_name
 from regate_fx.passes.rules import RULES, Kind, Operands, Result, Verdict
 from regate_fx.passes.rules_math import elementwise
 
@@ -56,7 +56,7 @@ class AnalyseTokenAxes:
 
 def _analyse(node: fx.Node, analysis: TokenAxes) -> None:
     value = fake(node)
-    if node.op == "output" or not _is_tensors(value):
+    if node.op == "output" or not is_tensors(value):
         return
     try:
         verdict = _verdict(node, analysis)
@@ -71,12 +71,6 @@ def _analyse(node: fx.Node, analysis: TokenAxes) -> None:
         return
     analysis.axes[node] = verdict.axes
     analysis.kinds[node] = verdict.kind
-
-
-def _is_tensors(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(isinstance(item, torch.Tensor) for item in value)
-    return isinstance(value, torch.Tensor)
 
 
 def _axes_by_size(value: object, symbols: TokenSymbols) -> Result:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from regate_fx.backend import GatingBackend
+from regate_fx.backend import Captures, GatingBackend
 from regate_fx.errors import LayerRefusal, NotGateable
 from regate_fx.inputs import own_signature
 from regate_fx.outputs import GatedOutput
@@ -103,11 +103,15 @@ class GatedEngine:
             raise NotGateable(refusals)
         if not report.gated:
             missing = LayerRefusal(None, "no-graph", "the token plan reached no decoder layer that can be gated")
-            raise NotGateable(report.refusals or [missing])
+            raise NotGateable([*report.refusals, *_of_layers(captures)] or [missing])
         if labelled and not any(run.context.findings["loss"] for run in captures.runs):
             reason = "the loss is not a cross entropy over the decoder's tokens in one of the captured graphs"
             raise NotGateable([LayerRefusal(None, "no-loss", reason), *report.refusals])
         return report
+
+
+def _of_layers(captures: Captures) -> list[LayerRefusal]:
+    return [refusal for run in captures.runs for refusal in run.refusals if refusal.layer is not None]
 
 
 def _own_code(function: types.FunctionType) -> types.FunctionType:

@@ -106,7 +106,8 @@ def _is_elementwise(node: fx.Node) -> bool:
     packet = getattr(torch.ops.aten, {"truediv": "div"}.get(name, name), None)
     if packet is None:
         return False
-    overloads = [getattr(packet, name) for name in packet.overloads() if name in ("default", "Tensor")]
-    return bool(overloads) and all(torch.Tag.pointwise in overload.tags for overload in overloads)
+    # An operator of that name over tensors; `default` of some is an overload over plain numbers.
+    overloads = [getattr(packet, name) for name in ("Tensor", "default") if name in packet.overloads()]
+    return bool(overloads) and torch.Tag.pointwise in overloads[0].tags
 
 

@@ -79,18 +79,21 @@ def small_llama(layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-class HardestLabels:
-    """Choose the labels of a chunk by the model's own loss when it last computed them."""
+class LabelChoice:
+    """Choose labels of a chunk: those whose loss was highest when last computed, or, to compare, any."""
 
-    def __init__(self, chunks: Tensor, keep: float) -> None:
+    def __init__(self, chunks: Tensor, keep: float, rule: str, seed: int) -> None:
         self.last_loss = torch.zeros(chunks.shape)
         self.kept = math.ceil(keep * (chunks.shape[1] - 1))
+        self.random = torch.Generator().manual_seed(seed) if rule == "random" else None
 
     def token_mask(self, chunk_ids: Tensor) -> Tensor:
         """bool [B, S]: True at the position before each chosen label, the one that predicts it."""
-        losses = self.last_loss[chunk_ids]
-        hardest = losses[:, 1:].sort(dim=1, descending=True, stable=True).indices[:, : self.kept]
-        return torch.zeros_like(losses, dtype=torch.bool).scatter(1, hardest, True)
+        scores = self.last_loss[chunk_ids]
+        if self.random is not None:
+            scores = torch.rand(scores.shape, generator=self.random)
+        best = scores[:, 1:].sort(dim=1, descending=True, stable=True).indices[:, : self.kept]
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
 
     def observe(self, chunk_ids: Tensor, token_loss: Tensor, counted: Tensor) -> None:
         """Labels that were not counted keep the loss they had."""
@@ -152,19 +155,19 @@ class Run:
 
 
 class GatedRun(Run):
-    """The same model computing the hardest tokens only, once it has seen them all."""
+    """The same model computing the chosen tokens only, once it has seen them all."""
 
     name = "gated"
 
-    def __init__(self, gated: nn.Module, hardest: HardestLabels, steps: int) -> None:
+    def __init__(self, gated: nn.Module, choice: LabelChoice, steps: int) -> None:
         super().__init__(gated, gated, steps)
-        self.hardest = hardest
+        self.choice = choice
 
     def loss(self, ids: Tensor, chunk_ids: Tensor, at_pass: int) -> Tensor:
         """As for the dense run; also remembers the loss of each label that was computed."""
-        mask = torch.ones_like(ids, dtype=torch.bool) if at_pass == 0 else self.hardest.token_mask(chunk_ids)
+        mask = torch.ones_like(ids, dtype=torch.bool) if at_pass == 0 else self.choice.token_mask(chunk_ids)
         out = self.compiled(input_ids=ids, labels=ids, token_mask=mask, use_cache=False)
-        self.hardest.observe(chunk_ids, out.token_loss.detach(), out.counted)
+        self.choice.observe(chunk_ids, out.token_loss.detach(), out.counted)
         self.labels += int(out.counted.sum())
         self.decoder_tokens += int(mask.sum())
         return out.loss
@@ -223,6 +226,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--keep", type=float, default=0.5, help="share of the labels kept after the first pass"
     )
+    parser.add_argument(
+        "--rule", default="hardest", choices=("hardest", "random"), help="which labels are kept"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", default="inductor", help="inductor, aot_eager or eager")
     args = parser.parse_args()
@@ -249,7 +255,7 @@ def main() -> None:
     steps = args.passes * math.ceil(len(chunks) / BATCH)
     runs = [
         Run(dense, torch.compile(dense, backend=args.backend), steps),
-        GatedRun(gated, HardestLabels(chunks, args.keep), steps),
+        GatedRun(gated, LabelChoice(chunks, args.keep, args.rule, args.seed), steps),
     ]
     before = [run.held_out_loss(held_out) for run in runs]
     for run in runs:

@@ -7,6 +7,7 @@ their order are those of the captured graph, and every tensor-valued node carrie
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -58,6 +59,9 @@ class Pass(Protocol):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult: ...
 
 
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
 def source_line(node: fx.Node | None) -> str:
     """`file.py:123 code` of the model line a node came from, or an empty string."""
     trace = node.meta.get("stack_trace") if node is not None else None
@@ -67,7 +71,7 @@ def source_line(node: fx.Node | None) -> str:
     places = [index for index, line in enumerate(lines) if line.startswith("File ")]
     if not places:
         return ""
-    last = places[-1]
+    last = ([index for index in places if _TORCH not in lines[index]] or places)[-1]
     path, _, rest = lines[last].removeprefix('File "').partition('"')
     number = rest.removeprefix(", line ").partition(",")[0]
     code = lines[last + 1] if last + 1 < len(lines) else ""

@@ -15,7 +15,7 @@ class RemoveUnused:
     """Dead-code elimination. The graph is functional, so only writes to inputs count as effects."""
 
     name: str = "remove_unused"
-    after: tuple[str, ...] = ("elide_tokens",)
+    after: tuple[str, ...] = ("place",)
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         removed = 0

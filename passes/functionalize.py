@@ -55,6 +55,8 @@ def _refuse_higher_order(gm: fx.GraphModule) -> None:
             raise Refused(
                 "higher-order", f"the higher-order operator {operator_name(node)} is not analysed", node
             )
+        if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
+            raise Refused("functorch", "a functorch transform (vmap, scan) is not analysed", node)
 
 
 def _restore_mutations(gm: fx.GraphModule, signature: GraphSignature) -> int:

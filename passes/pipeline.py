@@ -14,6 +14,7 @@ from regate_fx.passes.base import Pass, PassContext, Refused
 from regate_fx.passes.brackets import CloseBrackets, OpenBrackets
 from regate_fx.passes.checkpointing import InlineCheckpoints
 from regate_fx.passes.cleanup import RemoveUnused
+from regate_fx.passes.dense_reference import DenseReference
 from regate_fx.passes.elide import ElideTokens
 from regate_fx.passes.functionalize import Functionalize
 from regate_fx.passes.layers import FindLayers
@@ -45,6 +46,7 @@ FINISH: tuple[Pass, ...] = (
     CloseBrackets(),  # last: from here on the position of a node matters again
 )
 PIPELINE = NORMALISE + ANALYSE + ELIDE + FINISH
+REFERENCE = NORMALISE + ANALYSE + (Place(), DenseReference()) + FINISH
 
 
 @dataclass

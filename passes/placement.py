@@ -23,10 +23,12 @@ class Placement:
     """The layout of each node that is not dense, and where packed states are scattered back.
 
     `scatter_base[x]`: x is packed and also needed at every position; elided ones show that dense stream value.
+    `no_kernel[x]`: why the attention operator x is compact.
     """
 
     layouts: dict[fx.Node, Layout] = field(default_factory=dict)
     scatter_base: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    no_kernel: dict[fx.Node, str] = field(default_factory=dict)
 
     def layout(self, node: fx.Node) -> Layout:
         return self.layouts.get(node, Layout.DENSE)
@@ -130,9 +132,10 @@ class _Placer:
 
     def _layout(self, node: fx.Node) -> Layout:
         kind = self.analysis.kinds.get(node)
-        if kind is Kind.PAIRS or (kind is Kind.ATTENTION and self._why_no_kernel(node) is not None):
+        if kind is Kind.ATTENTION and (reason := self._why_no_kernel(node)) is not None:
+            self.placement.no_kernel[node] = reason
             return Layout.COMPACT
-        return Layout.PACKED
+        return Layout.COMPACT if kind is Kind.PAIRS else Layout.PACKED
 
     def _why_no_kernel(self, node: fx.Node) -> str | None:
         """Why an attention operator cannot become the variable-length one, if it cannot."""

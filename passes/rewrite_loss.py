@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -126,10 +126,12 @@ def _label_indices(rewriter: Rewriter, target: fx.Node, loss: fx.Node) -> fx.Nod
     index = emit.call(aten.reshape.default, index, [sizes.batch, sizes.length])
     replayed: dict[fx.Node, fx.Node] = {labels: index}
 
-    def replay(node: fx.Node) -> fx.Node:
+    def replay(node: fx.Node) -> Any:
         if node in replayed:
             return replayed[node]
-        if node.op != "call_function" or not is_tensor(node) or not _depends_on(node, labels):
+        if not is_tensor(node):
+            return rewriter.symint(node, Layout.DENSE)
+        if node.op != "call_function" or not _depends_on(node, labels):
             return rewriter.value(node, Layout.DENSE)
         if operator_name(node) not in _MOVES:
             raise Refused("loss", f"{operator_name(node)} changes the labels before the loss", node)

@@ -16,6 +16,7 @@ from torch import fx
 from regate_fx.passes import rules_attention, rules_index, rules_math, rules_shape  # noqa: F401
 from regate_fx.passes.axes import NO_AXES, Axes, Cut, TokenSymbols, size_expr
 from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_tensors, operator_name
+from regate_fx.passes.plan_nodes import ANCHOR
 from regate_fx.passes.rules import RULES, Kind, Operands, Result, Verdict
 from regate_fx.passes.rules_math import elementwise
 
@@ -83,7 +84,7 @@ def _axes_by_size(value: object, symbols: TokenSymbols) -> Result:
 
 
 def _verdict(node: fx.Node, analysis: TokenAxes) -> Verdict:
-    if node.op in ("placeholder", "get_attr"):
+    if node.op in ("placeholder", "get_attr") or node.target is ANCHOR:
         return Verdict(_axes_by_size(fake(node), analysis.symbols))
     for source in node.all_input_nodes:
         if source in analysis.unproven and source not in analysis.axes:

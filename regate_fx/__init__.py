@@ -5,7 +5,7 @@ skipped in every decoder layer. `explain(model, ...)` tells beforehand what will
 """
 
 from regate_fx import errors
-from regate_fx.api import compile
+from regate_fx.api import compile, explain
 
-__all__ = ["compile", "errors"]
+__all__ = ["compile", "errors", "explain"]
 __version__ = "0.1.0"

@@ -8,7 +8,10 @@ from typing import Any
 from torch import nn
 
 from regate_fx.capture import GatedEngine, Options
+from regate_fx.explain import explain
 from regate_fx.wrapper import ungated, wrap
+
+__all__ = ["compile", "explain"]
 
 
 def compile(

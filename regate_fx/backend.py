@@ -9,8 +9,8 @@ from typing import Any
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 
-from regate_fx.passes.base import PassContext, Refused
-from regate_fx.passes.pipeline import PipelineRun, run_passes
+from regate_fx.passes.base import Pass, PassContext, Refused
+from regate_fx.passes.pipeline import PIPELINE, PipelineRun, run_passes
 from regate_fx.passes.plan_nodes import ANCHOR
 
 Compiled = Callable[..., Any]
@@ -34,6 +34,7 @@ class GatingBackend:
     """
 
     compiler: str | Compiled
+    passes: Sequence[Pass] = PIPELINE
     captures: Captures = field(default_factory=Captures)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
@@ -45,7 +46,7 @@ class GatingBackend:
             return gm
         working = _copy(gm)
         try:
-            run = run_passes(working, PassContext())
+            run = run_passes(working, PassContext(), self.passes)
         except Refused as refused:
             self.captures.refusals.append(refused)
             return gm

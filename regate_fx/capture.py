@@ -15,20 +15,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, UserError
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from regate_fx.backend import Captures, GatingBackend
 from regate_fx.errors import LayerRefusal, NotGateable
 from regate_fx.inputs import own_signature
+from regate_fx.live import LivePlan
 from regate_fx.outputs import GatedOutput
 from regate_fx.passes.base import Refused
+from regate_fx.passes.pipeline import PIPELINE, REFERENCE, PipelineRun
 from regate_fx.plan import TokenPlan
 from regate_fx.report import Report
-from regate_fx.summary import summarise
+from regate_fx.summary import batch_tokens, fuller, summarise
 from regate_fx.wrapper import original_forward
 
 # Sizes of one (B, S, N or L) are specialised by Dynamo, as are train and eval mode and autocast.
 _TRACE_LIMIT = 64
+
+# What Dynamo raises when the capture needs a size to be a constant that was declared to vary.
+_STATIC_SIZES = (UserError, ConstraintViolationError)
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Options:
     backend: str | Callable[..., Any] = "inductor"
     keep_logits: bool = False
     validate: bool = True
+    reference: bool = False
 
 
 @dataclass
@@ -48,8 +55,16 @@ class GatedEngine:
     options: Options = field(default_factory=Options)
 
     def __post_init__(self) -> None:
-        self._backend = GatingBackend(self.options.backend)
-        self._report: Report | None = None
+        self._last: tuple[TokenPlan, Tensor | None] | None = None
+        self._live = LivePlan()
+        self._start(whole=True)
+
+    def _start(self, whole: bool) -> None:
+        """Forget all captures. whole: expect the model in one graph; else look for the plan in every part of it."""
+        self._whole = whole
+        passes = REFERENCE if self.options.reference else PIPELINE
+        self._backend = GatingBackend(self.options.backend, passes)
+        self._graphs: list[PipelineRun] = []
         self._run = torch.compile(_own_code(_traced), backend=self._backend)
 
     @functools.cached_property
@@ -61,7 +76,14 @@ class GatedEngine:
 
     @property
     def report(self) -> Report | None:
-        return self._report
+        """Made when asked for, and for the last call: counting its tokens waits for the device."""
+        if self._last is None:
+            return None
+        return summarise(self._backend.captures, self._graphs, batch_tokens(*self._last))
+
+    @property
+    def captures(self) -> Captures:
+        return self._backend.captures
 
     def fresh(self, model: nn.Module) -> GatedEngine:
         return replace(self, model=model)
@@ -74,30 +96,49 @@ class GatedEngine:
 
     def __call__(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
         """One gated call. Raises `NotGateable` where no layer can be gated."""
+        try:
+            return self._call(plan, inputs)
+        except (NotGateable, *_STATIC_SIZES) as error:
+            # A break in the graph makes a model several graphs: the plan has to enter each, and a size that
+            # passes from one to the next is taken for a constant.
+            if not self._whole or self._backend.captures.graphs < 2:
+                raise _as_refusal(error) from error
+        self._start(whole=False)
+        try:
+            return self._call(plan, inputs)
+        except _STATIC_SIZES as error:
+            raise _as_refusal(error) from error
+
+    def _call(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
         captures = self._backend.captures
-        seen = captures.graphs, len(captures.refusals)
+        seen = captures.graphs, len(captures.refusals), len(captures.runs)
         ties = _mark_sizes(plan, inputs)
-        wants_logits = self.options.keep_logits or inputs.get("labels") is None
-        with _capture_config():
+        labelled = inputs.get("labels") is not None
+        wants_logits = self.options.keep_logits or not labelled
+        self._live.enter(plan, inputs)
+        padding = self._live.attention_mask
+        with _capture_config(self._whole), self._live.anchored(self.model, not self._whole):
             try:
-                loss, logits, aux_loss, token_loss, counted = self._run(
-                    original_forward(self.model), plan.tensors(), inputs | self._no_cache, ties, wants_logits
+                loss, logits, aux_loss = self._run(
+                    original_forward(self.model), self._live, inputs | self._no_cache, ties, wants_logits
                 )
             except BackendCompilerFailed as error:
                 raise error.inner_exception from error
-        labelled = inputs.get("labels") is not None
+        token_loss, counted = self._live.leave()
         if captures.graphs != seen[0]:
-            self._report = self._check_captures(labelled, captures.refusals[seen[1] :])
+            self.check_captures(labelled, captures.refusals[seen[1] :])
+            self._graphs = fuller(captures.runs[seen[2] :], self._graphs)
+        self._last = plan, padding
         if not labelled:
             return GatedOutput(logits=logits)
         return GatedOutput(
             loss=loss, logits=logits, aux_loss=aux_loss, token_loss=token_loss, counted=counted
         )
 
-    def _check_captures(self, labelled: bool, refused: list[Refused]) -> Report:
+    def check_captures(self, labelled: bool, refused: list[Refused]) -> None:
         """Whether what was captured in this call is gated; a part that was refused must not pass unnoticed."""
         captures = self._backend.captures
-        report = summarise(captures)
+        report = summarise(captures, captures.runs)
         refusals = [refusal.refusal() for refusal in refused if refusal.code != "no-attention"]
         if refusals:
             raise NotGateable(refusals)
@@ -107,11 +148,18 @@ class GatedEngine:
         if labelled and not any(run.context.findings["loss"] for run in captures.runs):
             reason = "the loss is not a cross entropy over the decoder's tokens in one of the captured graphs"
             raise NotGateable([LayerRefusal(None, "no-loss", reason), *report.refusals])
-        return report
 
 
 def _of_layers(captures: Captures) -> list[LayerRefusal]:
     return [refusal for run in captures.runs for refusal in run.refusals if refusal.layer is not None]
+
+
+def _as_refusal(error: Exception) -> Exception:
+    if isinstance(error, NotGateable):
+        return error
+    first = str(error).partition("\n")[0]
+    reason = f"the model makes a constant of the batch size or the sequence length ({first})"
+    return NotGateable([LayerRefusal(None, "static-size", reason)])
 
 
 def _own_code(function: types.FunctionType) -> types.FunctionType:
@@ -125,25 +173,20 @@ def _own_code(function: types.FunctionType) -> types.FunctionType:
 
 def _traced(
     forward: Callable[..., Any],
-    plan: tuple[Tensor, ...],
+    live: LivePlan,
     inputs: dict[str, Any],
     ties: tuple[tuple[str, int, int], ...],
     wants_logits: bool,
 ) -> tuple[Tensor | None, ...]:
     """What Dynamo captures: the plan enters through the anchor, and only what the caller needs is returned."""
-    row_of = plan[1]
+    row_of = live.plan[1]
     for name, dim, axis in ties:
         torch._check(inputs[name].shape[dim] == row_of.shape[axis])
-    labels = inputs.get("labels")
-    attention_mask = inputs.get("attention_mask")
-    if attention_mask is not None and attention_mask.dim() != 2:
-        attention_mask = None
-    token_loss, counted = torch.ops.regate_fx.anchor(*plan, attention_mask, labels)
+    live.anchor()
     output = forward(**inputs)
+    loss = output["loss"] if inputs.get("labels") is not None else None
     logits = output["logits"] if wants_logits else None
-    # The anchor's results are returned in any case: normalisation drops an operator that nobody reads.
-    loss = output["loss"] if labels is not None else None
-    return loss, logits, output.get("aux_loss"), token_loss, counted
+    return loss, logits, output.get("aux_loss")
 
 
 def _mark_sizes(plan: TokenPlan, inputs: dict[str, Any]) -> tuple[tuple[str, int, int], ...]:
@@ -166,7 +209,7 @@ def _mark_sizes(plan: TokenPlan, inputs: dict[str, Any]) -> tuple[tuple[str, int
 def _mark(tensor: Tensor, dims: Any) -> None:
     for dim in dims:
         if tensor.shape[dim] > 1:
-            torch._dynamo.mark_dynamic(tensor, dim)
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 # Inputs that by the transformers convention have one entry per position, and where B and S stand in them.
@@ -193,12 +236,20 @@ def _token_dims(name: str, value: Tensor, row_of: Tensor) -> list[tuple[int, int
     return []
 
 
-def _capture_config() -> Any:
-    """Dynamo settings for our own capture, restored afterwards."""
+def _capture_config(whole: bool) -> Any:
+    """Dynamo settings for our own capture, restored afterwards.
+
+    In a model that is several graphs, what passes from one to the next has symbolic sizes too.
+    """
     return torch._dynamo.config.patch(
+        assume_static_by_default=whole,
+        specialize_int=not whole,
+        force_nn_module_property_static_shapes=whole,
         optimize_ddp=False,
         ignore_logging_functions=_logging_methods(),
         recompile_limit=_TRACE_LIMIT,
+        # Past the limit Dynamo would run the model without the passes, and without a word.
+        fail_on_recompile_limit_hit=True,
         specialize_float=True,
     )
 

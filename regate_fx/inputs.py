@@ -98,7 +98,7 @@ def check_call(
     if not by_default:
         inputs["return_dict"] = True
     _refuse(inputs, config)
-    mask_name, tokens = _decoder_input(signature, inputs)
+    mask_name, tokens = decoder_input(signature, inputs)
     B, S = tokens.shape[:2]
     checked = check_token_mask(token_mask, B, S, tokens.device)
     attention_mask = _padding_mask(mask_name, inputs.get(mask_name), tokens)
@@ -131,7 +131,7 @@ def _refuse(inputs: Mapping[str, Any], config: object) -> None:
         raise Unsupported(f"{refused.argument}{shown} with token_mask", refused.why, refused.remedy)
 
 
-def _decoder_input(signature: Signature, inputs: Mapping[str, Any]) -> tuple[str, Tensor]:
+def decoder_input(signature: Signature, inputs: Mapping[str, Any]) -> tuple[str, Tensor]:
     """The name of the decoder's padding mask, and its input: ids [B, S] or embeddings [B, S, D]."""
     two_stacks = "decoder_input_ids" in signature.parameters
     prefix = "decoder_" if two_stacks else ""

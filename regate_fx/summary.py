@@ -2,35 +2,123 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
 from regate_fx.backend import Captures
-from regate_fx.passes.layers import Layer
+from regate_fx.errors import LayerRefusal
+from regate_fx.flops import BEFORE, GraphCosts, graph_costs
+from regate_fx.passes.base import operator_name, source_line
+from regate_fx.passes.layers import Attention, DecoderStack, Layer
 from regate_fx.passes.layouts import Layout
 from regate_fx.passes.pipeline import PipelineRun
-from regate_fx.report import LayerReport, Report
+from regate_fx.passes.token_axes import TokenAxes
+from regate_fx.plan import TokenPlan
+from regate_fx.report import BatchTokens, LayerReport, Report
 
 
-def summarise(captures: Captures) -> Report:
-    """The report of a model from all graphs captured so far; the latest capture of each layer counts."""
-    report = Report(traces=len(captures.runs))
-    refusals = [refused.refusal() for refused in captures.refusals if refused.code != "no-attention"]
-    latest: dict[int, LayerReport] = {}
+def batch_tokens(plan: TokenPlan, attention_mask: Tensor | None) -> BatchTokens:
+    """The numbers of a call's tokens, read from its plan and padding mask [B, S]. Waits for the device."""
+    batch, length = plan.row_of.shape
+    real = [length] * batch if attention_mask is None else (attention_mask != 0).sum(1).tolist()
+    return BatchTokens(length, tuple(real), tuple(plan.cu_seqlens.diff().tolist()))
+
+
+def summarise(captures: Captures, runs: Sequence[PipelineRun], batch: BatchTokens | None = None) -> Report:
+    """The report of a model that `runs`, one for each of its graphs in order, rewrote.
+
+    captures: all of the model's captures so far, earlier traces of the same graphs included. Without `batch`
+    the report has no costs.
+    """
+    report = Report(traces=len(captures.runs), batch=batch)
     for run in captures.runs:
         for name, seconds in run.seconds.items():
             report.seconds[name] = report.seconds.get(name, 0.0) + seconds
-        for layer in run.context.findings["layers"].layers:
-            latest[layer.index] = _layer(layer, run)
-    report.layers = [latest[index] for index in sorted(latest)]
-    report.refusals = refusals
+    for run in runs:
+        _add(report, run, graph_costs(run, batch) if batch is not None else GraphCosts())
+    refused = [reason.refusal() for reason in captures.refusals if reason.code != "no-attention"]
+    if not report.layers:
+        refused += [_NO_ATTENTION, *(reason for run in runs for reason in _unproven(run))]
+    report.refusals = list(dict.fromkeys(refused))
     return report
 
 
-def _layer(layer: Layer, run: PipelineRun) -> LayerReport:
-    findings = run.context.findings
+_NO_ATTENTION = LayerRefusal(None, "no-attention", "no attention over the decoder's positions was found")
+
+
+def _unproven(run: PipelineRun) -> Iterator[LayerRefusal]:
+    """What else stands in the way: operators on token content that are not known to keep tokens apart."""
+    stack: DecoderStack = run.context.findings["layers"]
+    analysis: TokenAxes = run.context.findings["token_axes"]
+    for node, refused in analysis.unproven.items():
+        # "axis": the axes of an operand are unknown, which its own refusal explains.
+        if node in stack.content and refused.code != "axis":
+            yield refused.refusal()
+
+
+def fuller(new: Sequence[PipelineRun], old: Sequence[PipelineRun]) -> list[PipelineRun]:
+    """Of two calls' captures the one of the whole model: a later call may retrace only a part of it."""
+    return list(new if _depth(new) >= _depth(old) else old)
+
+
+def _depth(runs: Sequence[PipelineRun]) -> int:
+    return sum(len(run.context.findings["layers"].layers) for run in runs)
+
+
+def _add(report: Report, run: PipelineRun, costs: GraphCosts) -> None:
+    stack: DecoderStack = run.context.findings["layers"]
+    outside = costs.of(BEFORE)
+    if report.layers and not stack.layers:
+        report.head += outside
+    else:
+        report.before += outside
+        report.head += costs.of(len(stack.layers))
+    report.uncounted += costs.uncounted
+    for layer in stack.layers:
+        report.layers.append(_layer(layer, len(report.layers), run, costs))
+
+
+def _layer(layer: Layer, index: int, run: PipelineRun, costs: GraphCosts) -> LayerReport:
+    attention = "; ".join(dict.fromkeys(_sees(attention, run) for attention in layer.attentions))
+    cost = costs.of(layer.index)
     if layer.refused is not None:
-        refusal = layer.refused.refusal(layer.index)
-        return LayerReport(layer.index, "dense", "as captured", refusal.reason, refusal.source)
-    layouts = {findings["placement"].layout(node) for attention in layer.attentions for node in attention.nodes}
-    if Layout.COMPACT in layouts:
-        return LayerReport(layer.index, "compact", "as captured, over active slots")
-    proofs = {str(findings["masks"][attention.nodes[0]]) for attention in layer.attentions}
-    return LayerReport(layer.index, "varlen", ", ".join(sorted(proofs)))
+        refusal = layer.refused.refusal(index)
+        return LayerReport(index, "dense", attention, refusal.reason, refusal.source, cost)
+    for slow in layer.attentions:
+        if (reason := _why_compact(slow, run)) is not None:
+            return LayerReport(index, "compact", attention, *reason, cost)
+    return LayerReport(index, "varlen", attention, cost=cost)
+
+
+def _sees(attention: Attention, run: PipelineRun) -> str:
+    """What the queries see, and how that is known."""
+    if not attention.kernel:
+        return "as written"
+    node = attention.nodes[0]
+    proof = run.context.findings["masks"][node]
+    if proof.explicit:
+        return str(proof)
+    masked = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    return f"{proof}, {'declared' if masked is None else 'proven from the mask'}"
+
+
+def _is_compact(attention: Attention, run: PipelineRun) -> bool:
+    return any(run.context.findings["placement"].layout(node) is Layout.COMPACT for node in attention.nodes)
+
+
+def _why_compact(attention: Attention, run: PipelineRun) -> tuple[str, str] | None:
+    """Reason and source line, if an attention is not one variable-length operator."""
+    if not _is_compact(attention, run):
+        return None
+    if attention.kernel:
+        node = attention.nodes[0]
+        return run.context.findings["placement"].no_kernel[node], source_line(node)
+    softmax = [node for node in attention.nodes if operator_name(node) in _SOFTMAX]
+    if softmax:
+        return "its softmax is written by hand", source_line(softmax[0])
+    node = attention.nodes[0]
+    return f"its attention is written with {operator_name(node)}", source_line(node)
+
+
+_SOFTMAX = {"aten.softmax", "aten._softmax"}

@@ -6,7 +6,7 @@ Shapes: B samples, S positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,13 +38,22 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one quantity is from the golden run, in the Euclidean norm, and how far it may be."""
+    """How far one quantity is from the golden run, in the Euclidean norm, and how far it may be.
+
+    baseline: the untouched model's own error; size: what the error is relative to; overall: the norm of all
+    gradients together, 0 for anything else.
+    """
 
     quantity: str
     error: float
-    allowed: float
     baseline: float
-    scale: float
+    size: float
+    overall: float
+
+    @property
+    def allowed(self) -> float:
+        slack = RELATIVE_SLACK * self.size + CANCELLATION_SLACK * self.overall
+        return BASELINE_FACTOR * self.baseline + slack
 
     @property
     def ok(self) -> bool:
@@ -53,7 +62,7 @@ class Deviation:
     def __str__(self) -> str:
         return (
             f"{self.quantity}: error {self.error:.2e} > allowed {self.allowed:.2e} "
-            f"(untouched model {self.baseline:.2e}, size {self.scale:.2e})"
+            f"(untouched model {self.baseline:.2e}, size {self.size:.2e})"
         )
 
 
@@ -71,6 +80,18 @@ class Comparison:
     @property
     def ok(self) -> bool:
         return not self.failures
+
+    def with_rounding_of(self, other: Comparison) -> Comparison:
+        """The same, allowing also for the relative error of another run of the untouched model."""
+        others = {deviation.quantity: deviation for deviation in other.deviations}
+        widened = []
+        for deviation in self.deviations:
+            twin = others.get(deviation.quantity)
+            if twin is not None and twin.size > 0:
+                own = twin.error / twin.size * deviation.size
+                deviation = replace(deviation, baseline=max(deviation.baseline, own))
+            widened.append(deviation)
+        return Comparison(widened, list(self.mismatches))
 
     def check(self, context: str = "") -> None:
         if not self.ok:
@@ -129,8 +150,7 @@ def _deviation(
     error, own = (float((value.double() - reference).norm()) for value in (seen, baseline))
     # What is zero in exact arithmetic consists of rounding alone, in proportion to everything else.
     size = overall if scale < ROUNDING_ONLY * overall else scale
-    allowed = BASELINE_FACTOR * own + RELATIVE_SLACK * size + CANCELLATION_SLACK * overall
-    return Deviation(quantity, error, allowed, own, scale)
+    return Deviation(quantity, error, own, size, overall)
 
 
 def _places(mask: Tensor) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from comparison import compare
 from oracles import check_step, embedding_stream_logits, golden, observe, run_key_masked, run_untouched
-from small_models import FIRST_WORD, MODELS, VOCABULARY, Batch, build, random_batch
+from small_models import FIRST_WORD, MODELS, REQUIRED, VOCABULARY, Batch, build, random_batch
 
 import regate_fx
 
@@ -62,7 +62,7 @@ def check_elided_ids_change_no_bit(gated: Any, batch: Batch, generator: torch.Ge
         assert grad is None or torch.equal(grad, other), name
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", REQUIRED)
 def test_logits(name: str, generator: torch.Generator) -> None:
     model, small = build(name), MODELS[name]
     gated = regate_fx.compile(model, backend="eager")

@@ -20,8 +20,17 @@ def two_batches(generator: torch.Generator) -> list[Batch]:
     return [random_batch(generator, 3, 11, padding="left"), random_batch(generator, 2, 14, padding="right")]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bloom", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("llama", "aot_eager"),
+        ("gpt2", "aot_eager"),
+        ("bloom", "aot_eager"),
+        ("mixtral", "aot_eager"),
+        ("gemma2", "eager"),
+        ("deepseek_v3", "eager"),
+    ],
+)
 def test_gradient_checkpointing(name: str, backend: str, generator: torch.Generator) -> None:
     model = build(name)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -66,7 +75,7 @@ def test_lora(name: str, targets: list[str], generator: torch.Generator) -> None
         assert trained == {parameter for parameter in seen.gradients if "lora_" in parameter}
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_num_items_in_batch(name: str, generator: torch.Generator) -> None:
     model = build(name)
     gated = regate_fx.compile(model, backend="eager")

@@ -159,6 +159,7 @@ def measure(repetitions: int, console: Console) -> list[Timing]:
     compile_s: dict[str, float] = {}
     losses: dict[str, float] = {}
     for name, (_, step) in steps.items():
+        # Variants of one model share its graph: the first of them compiles it for all.
         with console.status(f"compiling {name}"):
             start = time.perf_counter()
             losses[name] = step().item()
@@ -269,9 +270,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as empty:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
         timings = measure(args.repetitions, console)
-    table = Table(*HEADINGS, title="One training step on the CPU", box=box.SIMPLE)
-    for column in table.columns:
-        column.no_wrap = True
+    table = Table(*HEADINGS, title="One training step on the CPU", box=box.SIMPLE, padding=0)
     for row in rows(timings):
         table.add_row(*row)
     console.print(table)

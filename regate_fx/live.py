@@ -1,0 +1,84 @@
+"""The plan of the call that is running, and the places where it enters the captured graphs.
+
+Shapes: B samples, S positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regate_fx.plan import TokenPlan
+
+
+class LivePlan:
+    """What the traced code reads while one gated call runs; empty between calls.
+
+    plan: the tensors of the `TokenPlan`. token_loss, counted: the anchor's results, replaced in the graph that
+    computes the loss.
+    """
+
+    def __init__(self) -> None:
+        self.plan: tuple[Tensor, ...] = ()
+        self.attention_mask: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.token_loss: Tensor | None = None
+        self.counted: Tensor | None = None
+
+    def enter(self, plan: TokenPlan, inputs: dict[str, Any]) -> None:
+        self.plan = plan.tensors()
+        mask = inputs.get("attention_mask")
+        self.attention_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.labels = inputs.get("labels")
+
+    def leave(self) -> tuple[Tensor | None, Tensor | None]:
+        results = self.token_loss, self.counted
+        self.plan, self.attention_mask, self.labels = (), None, None
+        self.token_loss, self.counted = None, None
+        return results
+
+    def anchor(self) -> None:
+        """Bring the plan into the graph that is being captured, its B and S tied to those of masks and labels."""
+        row_of = self.plan[1]
+        for grid in (self.attention_mask, self.labels):
+            if grid is not None:
+                torch._check(grid.shape[0] == row_of.shape[0])
+                torch._check(grid.shape[1] == row_of.shape[1])
+        # The results are kept in any case: normalisation drops an operator that nobody reads.
+        self.token_loss, self.counted = torch.ops.regate_fx.anchor(
+            *self.plan, self.attention_mask, self.labels
+        )
+
+    @contextlib.contextmanager
+    def anchored(self, model: nn.Module, everywhere: bool) -> Iterator[None]:
+        """While active, and if `everywhere`: anchor again wherever hidden states enter a stack of layers or the head."""
+        handles = []
+        if everywhere:
+            handles = [
+                module.register_forward_pre_hook(self._at, with_kwargs=True) for module in _entrances(model)
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _at(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = args[0] if args else kwargs.get("hidden_states")
+        row_of = self.plan[1]
+        # [B, S, D]; comparing the sizes ties their symbols to those of the plan.
+        if not isinstance(states, Tensor) or states.dim() != 3:
+            return
+        if states.shape[0] == row_of.shape[0] and states.shape[1] == row_of.shape[1]:
+            self.anchor()
+
+
+def _entrances(model: nn.Module) -> list[nn.Module]:
+    """The first module of every list of modules, and the head."""
+    entrances = [module[0] for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [*entrances, head] if head is not None else entrances

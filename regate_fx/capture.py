@@ -5,11 +5,12 @@ Shapes: B samples, S positions, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from regate_fx.passes.pipeline import PIPELINE, REFERENCE, PipelineRun
 from regate_fx.plan import TokenPlan
 from regate_fx.report import Report
 from regate_fx.summary import batch_tokens, fuller, summarise
+from regate_fx.validation import is_random, validate
 from regate_fx.wrapper import original_forward
 
 # Sizes of one (B, S, N or L) are specialised by Dynamo, as are train and eval mode and autocast.
@@ -55,6 +57,7 @@ class GatedEngine:
     options: Options = field(default_factory=Options)
 
     def __post_init__(self) -> None:
+        self.validation: str | None = None
         self._last: tuple[TokenPlan, Tensor | None] | None = None
         self._live = LivePlan()
         self._start(whole=True)
@@ -95,7 +98,32 @@ class GatedEngine:
         self.__init__(**state)  # type: ignore[misc]
 
     def __call__(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
-        """One gated call. Raises `NotGateable` where no layer can be gated."""
+        """One gated call.
+
+        Raises `NotGateable` where no layer can be gated, and at the first call that could train the model
+        `ValidationFailed` where the compiled graph disagrees with it.
+        """
+        trains = torch.is_grad_enabled() and inputs.get("labels") is not None
+        if self.options.validate and self.validation is None and trains:
+            self.validation = "running"
+            self.validation = self._validate(inputs)
+        return self._gated(plan, inputs)
+
+    def _validate(self, inputs: dict[str, Any]) -> str:
+        """Compare with the untouched model; in eval mode, on a capture of its own, where training mode is random."""
+        sober = replace(self.options, backend="eager", keep_logits=False, validate=False)
+        gated = self._gated
+        with contextlib.ExitStack() as stack:
+            if is_random(self.model, inputs, self._untouched):
+                stack.enter_context(_evaluating(self.model))
+                gated = GatedEngine(self.model, sober)
+            reference = GatedEngine(self.model, replace(sober, reference=True))
+            return validate(self.model, inputs, gated, self._untouched, _or_none(reference))
+
+    def _untouched(self, plan: TokenPlan, inputs: dict[str, Any]) -> Any:
+        return original_forward(self.model)(**inputs, **self._no_cache)
+
+    def _gated(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
         try:
             return self._call(plan, inputs)
         except (NotGateable, *_STATIC_SIZES) as error:
@@ -152,6 +180,31 @@ class GatedEngine:
 
 def _of_layers(captures: Captures) -> list[LayerRefusal]:
     return [refusal for run in captures.runs for refusal in run.refusals if refusal.layer is not None]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for all modules, each one's own mode restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _or_none(reference: GatedEngine) -> Callable[[TokenPlan, dict[str, Any]], GatedOutput | None]:
+    """A reference that is not available for a graph gives None."""
+
+    def call(plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput | None:
+        try:
+            return reference(plan, inputs)
+        except NotGateable:
+            return None
+
+    return call
 
 
 def _as_refusal(error: Exception) -> Exception:

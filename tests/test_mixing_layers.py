@@ -1,10 +1,11 @@
-"""Layers whose tokens mix outside attention: computed in full and named, or the whole model is refused.
+"""What cannot be gated: layers that mix tokens outside attention run in full and are named, or all is refused.
 
 Shapes: B samples, S positions, D hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -111,3 +112,20 @@ def test_a_refusal_does_not_become_a_dense_step(S: int, generator: torch.Generat
     for _ in range(2):
         with pytest.raises(regate_fx.errors.NotGateable):
             observe(gated, batch)
+
+
+@pytest.mark.parametrize(
+    "switched_off",
+    [
+        lambda: torch._dynamo.config.patch(disable=True),
+        lambda: torch.compiler.set_stance("force_eager"),
+        lambda: torch.compiler.set_stance("eager_on_recompile"),
+    ],
+    ids=["disable", "force_eager", "eager_on_recompile"],
+)
+def test_a_compiler_switched_off_does_not_make_a_dense_step(
+    switched_off: Callable[[], Any], generator: torch.Generator
+) -> None:
+    gated = regate_fx.compile(build("llama"), backend="eager", validate=False)
+    with switched_off(), pytest.raises(regate_fx.errors.RegateError):
+        observe(gated, random_batch(generator, 3, 11))

@@ -106,7 +106,7 @@ class Untidy(HandMade):
         LOG.append(self.training)
         self.seen += torch.rand(())
         self.runs += 1
-        self.cache = torch.rand(3) * random.random() * np.random.rand()  # noqa: NPY002
+        self.cache = torch.rand(3) * random.random() * np.random.rand()
 
 
 LOG: list[bool] = []
@@ -269,7 +269,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
             for name, module in model.named_modules()
         },
         "hooks": [dict(module._forward_pre_hooks) for module in model.modules()],
-        "random": (torch.get_rng_state(), random.getstate(), str(np.random.get_state())),  # noqa: NPY002
+        "random": (torch.get_rng_state(), random.getstate(), str(np.random.get_state())),
     }
 
 
@@ -333,7 +333,7 @@ def test_a_gated_model_can_be_explained() -> None:
 
 
 def reasons(model: nn.Module, tokens: Tensor) -> list[str]:
-    """What `explain` says of a model that cannot be gated; a gated call must refuse it for the same reasons."""
+    """What `explain` says of a model that cannot be gated; a gated call must refuse it for the same."""
     report = regate_fx.explain(model, input_ids=tokens)
     assert report.gated == 0
     assert all(layer.cost.saved == 0 for layer in report.layers)

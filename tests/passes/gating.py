@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import regate_fx
 
 
-def gate(model: nn.Module, **options: Any) -> Any:
-    return regate_fx.compile(model, backend="eager", validate=False, **options)
+def gate(model: nn.Module, backend: str = "eager", **options: Any) -> Any:
+    """Validation is off: what it would catch is what these tests are to catch by themselves."""
+    return regate_fx.compile(model, backend=backend, validate=False, **options)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ captured in one graph and analysed there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -152,7 +151,7 @@ REFUSED: dict[str, tuple[Entry, str, str]] = {
     "maximum over positions": (lambda w, x: x - x.max(1, keepdim=True)[0], "mixes-tokens", "aten.max"),
     "norm over positions": (lambda w, x: F.normalize(x, dim=1), "mixes-tokens", "norm"),
     "mean over the batch": (lambda w, x: x - x.mean(0), "mixes-tokens", "aten.mean"),
-    "batch norm": (lambda w, x: w.batch_norm(x.view(-1, D)), "unknown-operator", "aten.batch_norm"),
+    "batch norm": (lambda w, x: w.batch_norm(x.view(-1, D)), "unknown-operator", "batch_norm"),
     "softmax over positions": (lambda w, x: x.softmax(1), "mixes-tokens", "aten.softmax"),
     "softmax over samples": (lambda w, x: x.softmax(0), "mixes-tokens", "aten.softmax"),
     "picked by index": (lambda w, x: x[:, [0, 2]], "mixes-tokens", "aten.index"),
@@ -161,7 +160,7 @@ REFUSED: dict[str, tuple[Entry, str, str]] = {
     "first positions": (lambda w, x: x * x[:, :1], "cuts-tokens", "aten.slice"),
     "neighbours": (lambda w, x: x[:, 1:] - x[:, :-1], "cuts-tokens", "aten.sub"),
     "gather along positions": (
-        lambda w, x: x.gather(1, torch.arange(x.shape[1]).flip(0)[None, :, None].expand(x.shape)),
+        lambda w, x: x.gather(1, (x.shape[1] - 1 - torch.arange(x.shape[1]))[None, :, None].expand(x.shape)),
         "mixes-tokens",
         "aten.gather",
     ),
@@ -206,13 +205,6 @@ REFUSED: dict[str, tuple[Entry, str, str]] = {
         lambda w, x: F.pad(x, (0, x.shape[1] - D)),
         "cuts-tokens",
         "aten.",
-    ),
-    "sequence length as a number": (lambda w, x: x * x.shape[1], "size-as-value", "aten.mul"),
-    "root of the sequence length": (lambda w, x: x / math.sqrt(x.shape[1]), "size-as-value", "aten.div"),
-    "filled with the sequence length": (
-        lambda w, x: x * x.new_full((*size(x), 1), x.shape[1]),
-        "size-as-value",
-        "aten.new_full",
     ),
     "embedded row numbers": (
         lambda w, x: x * F.embedding(torch.arange(x.shape[0] * x.shape[1]), w.table).view(x.shape),

@@ -1,0 +1,189 @@
+"""Translation validation: compare the compiled graph with the untouched model before anyone trains on it.
+
+Two checks on a small part of the first batch. All tokens active: loss and gradients are those of the untouched
+eager model. Half of them active: loss and gradients are those of the dense reference, which computes every
+position of the captured graph. Gradients are compared as a set first, then by value.
+
+Shapes: B samples, S positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regate_fx.errors import ValidationFailed
+from regate_fx.plan import TokenPlan, make_plan
+
+# Memory bound: at most this many samples and positions, and one set of gradients at a time.
+_SAMPLES, _POSITIONS = 2, 128
+_WHOLE_BATCH = 4096
+_PIECE = 2**20
+
+# Largest relative error of a loss or gradient that rounding explains, by the dtype the model computes in.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
+
+Call = Callable[[TokenPlan, dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is left of one loss and its gradients: enough to compare, too little to weigh.
+
+    sketches: for each parameter with a gradient its norm and eight random projections, float64 [9].
+    """
+
+    loss: float
+    sketches: dict[str, Tensor]
+
+
+def validate(model: nn.Module, inputs: dict[str, Any], gated: Call, untouched: Call, reference: Call) -> str:
+    """Run both checks; returns what was checked, or why nothing was.
+
+    gated, untouched, reference: compute `model` on a plan and inputs; the last two are what the first is compared
+    with, `reference` may return None where it is not available. The model's gradients, buffers and the random
+    state are left as they were. Raises `ValidationFailed` at the first disagreement.
+    """
+    batch = _small_batch(inputs)
+    if batch is None:
+        return "not validated: the batch is large, and inputs beside tokens cannot be cut to a part of it"
+    with _undisturbed(model):
+        everything = torch.ones_like(batch["labels"], dtype=torch.bool)
+        plan = make_plan(everything, _padding(batch))
+        output = gated(plan, batch)
+        if not bool(output.counted.any()):
+            return "not validated: the batch has no labels"
+        probe = _probe(model, output.loss)
+        # Labels predicted from padding count in the untouched model alone.
+        labels = batch["labels"].masked_fill(~output.counted, -100)
+        expected = _probe(model, untouched(plan, batch | {"labels": labels}).loss)
+        _compare("all tokens active, against the untouched model", probe, expected, _dtype(model))
+        sparse = make_plan(_half(everything), _padding(batch))
+        masked = reference(sparse, batch)
+        if masked is None:
+            return "validated against the untouched model, all tokens active; no dense reference for this graph"
+        expected = _probe(model, masked.loss)
+        probe = _probe(model, gated(sparse, batch).loss)
+        _compare("half of the tokens active, against the dense reference", probe, expected, _dtype(model))
+    return "validated against the untouched model and the dense reference"
+
+
+def is_random(model: nn.Module, inputs: dict[str, Any], untouched: Call) -> bool:
+    """Whether two runs of the untouched model on the same small batch differ: dropout, or another random choice."""
+    batch = _small_batch(inputs)
+    if batch is None:
+        return False
+    with _undisturbed(model), torch.no_grad():
+        plan = make_plan(torch.ones_like(batch["labels"], dtype=torch.bool), _padding(batch))
+        return untouched(plan, batch).loss.item() != untouched(plan, batch).loss.item()
+
+
+def _padding(batch: dict[str, Any]) -> Tensor | None:
+    mask = batch.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _half(everything: Tensor) -> Tensor:
+    """Every position but each second of a fixed irregular pattern; the first is kept, so that no sample is empty."""
+    B, S = everything.shape
+    index = torch.arange(B * S, device=everything.device).view(B, S)
+    return (index * 2654435761 % 97 < 50) | (everything.cumsum(1) == 1)
+
+
+def _small_batch(inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """The samples with the most labels, cut to a window around them; the whole batch if it cannot be cut."""
+    labels: Tensor = inputs["labels"]
+    B, S = labels.shape
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    if not all(_cuttable(value, B, S) for value in tensors.values()):
+        return dict(inputs) if B * S <= _WHOLE_BATCH else None
+    counted = labels != -100
+    samples = counted.sum(1).argsort(descending=True, stable=True)[:_SAMPLES]
+    width = min(S, _POSITIONS)
+    covered = counted[samples].any(0).cumsum(0)
+    before = torch.cat([covered.new_zeros(1), covered])
+    first = int((before[width:] - before[:-width]).argmax())
+    window = slice(first, first + width)
+    return {name: _cut(value, samples, window, B, S) for name, value in inputs.items()}
+
+
+def _cuttable(value: Tensor, batch: int, length: int) -> bool:
+    return value.dim() == 0 or value.numel() == 1 or (value.dim() >= 2 and value.shape[:2] == (batch, length))
+
+
+def _cut(value: Any, samples: Tensor, window: slice, batch: int, length: int) -> Any:
+    if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[:2] != (batch, length):
+        return value
+    return value[samples][:, window].detach()
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Restore random state and buffers afterwards; gradients are taken without touching `.grad`."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        torch.manual_seed(0)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    buffer.copy_(buffers[name])
+
+
+def _probe(model: nn.Module, loss: Tensor) -> Probe:
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        return Probe(loss.item(), {})
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    sketches = {
+        name: _sketch(gradient) for name, gradient in zip(trained, gradients, strict=True) if gradient is not None
+    }
+    return Probe(loss.item(), sketches)
+
+
+def _sketch(gradient: Tensor) -> Tensor:
+    """Norm and projections on eight random sign vectors, in pieces of bounded size."""
+    flat = gradient.detach().reshape(-1)
+    piece = min(flat.numel(), _PIECE)
+    generator = torch.Generator(device=flat.device).manual_seed(0)
+    signs = torch.randint(0, 2, (piece, 8), generator=generator, device=flat.device).double() * 2 - 1
+    sketch = torch.zeros(9, dtype=torch.float64, device=flat.device)
+    for index, part in enumerate(flat.split(piece)):
+        wide = part.double()
+        sketch[0] += wide.square().sum()
+        # Rolled, so that no two pieces are projected on the same vector in the same place.
+        sketch[1:] += wide @ signs[: wide.numel()].roll(index, 1) * (-1) ** (index // 8)
+    sketch[0] = sketch[0].sqrt()
+    return sketch.cpu()
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The coarsest dtype the model computes in."""
+    device = next(model.parameters()).device.type
+    dtypes = {p.dtype for p in model.parameters() if p.dtype in _TOLERANCE}
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    return max(dtypes, key=_TOLERANCE.__getitem__)
+
+
+def _compare(check: str, found: Probe, expected: Probe, dtype: torch.dtype) -> None:
+    tolerance = _TOLERANCE[dtype]
+    if not abs(found.loss - expected.loss) <= tolerance * max(1.0, abs(expected.loss)):
+        raise ValidationFailed(check, f"the loss is {found.loss:.8g}, expected {expected.loss:.8g}.")
+    missing = sorted(expected.sketches.keys() ^ found.sketches.keys())
+    if missing:
+        raise ValidationFailed(check, f"the same parameters must have a gradient; these differ: {missing[:5]}.")
+    total = sum(float(sketch[0]) ** 2 for sketch in expected.sketches.values()) ** 0.5
+    for name, sketch in expected.sketches.items():
+        # Gradients that vanish but for rounding are measured by the size of the others.
+        scale = max(float(sketch[0]), 1e-3 * total, 1e-30)
+        error = float((found.sketches[name] - sketch).abs().max()) / scale
+        if not error <= 4 * tolerance:
+            raise ValidationFailed(check, f"the gradient of {name} differs by {error:.2e} of its norm.")

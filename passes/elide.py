@@ -7,13 +7,15 @@ what leaves it is scattered back.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import NO_AXES, Axes, Token, TokenSymbols, size_expr
+from regate_fx.passes.axes import NO_AXES, Axes, Meaning, Token, TokenSymbols, size_expr
 from regate_fx.passes.base import PassContext, PassResult, Refused, fake, fake_mode_of, is_tensor, is_tensors, operator_name
 from regate_fx.passes.emit import Emitter
 from regate_fx.passes.layers import DecoderStack
@@ -77,6 +79,8 @@ class Rewriter:
                 self._emit_output(node)
                 continue
             with self.emit.like(node):
+                if node.op != "placeholder":
+                    self._open_plan()  # not at the anchor: it may come after the embedding
                 self._emit_node(node)
 
     @property
@@ -134,10 +138,10 @@ class Rewriter:
     def _resize(self, node: fx.Node, layout: Layout) -> Any:
         held = self._values.get(node, _Values()).layouts.get(Layout.DENSE)
         value = fake(node)
-        if not isinstance(value, (int, torch.SymInt)) or (held is not None and layout is Layout.DENSE):
+        if not isinstance(value, _SCALARS) or (held is not None and layout is Layout.DENSE):
             return held
-        expr = size_expr(value)
-        if expr.is_Integer:
+        expr = scalar_expr(value)
+        if expr.is_Integer and isinstance(value, (int, torch.SymInt)):
             return int(expr)
         if self.symbols.mentions(expr) and not (held is None and layout is Layout.DENSE and not self._is_open):
             sizes = self.layouts.sizes[layout]
@@ -149,7 +153,7 @@ class Rewriter:
             return held
         if node.op == "call_function" and not any(is_tensor(source) for source in node.all_input_nodes):
             operands = [self.symint(arg, layout) if isinstance(arg, fx.Node) else arg for arg in node.args]
-            if all(isinstance(operand, int) for operand in operands):
+            if not any(isinstance(operand, fx.Node) for operand in operands):
                 return node.target(*operands)  # type: ignore[operator]
             return self.emit.call(node.target, *operands)
         if node.target is aten.sym_size.int:
@@ -176,7 +180,7 @@ class Rewriter:
         if node.op in ("placeholder", "get_attr"):
             values.layouts[Layout.DENSE] = self._copy_input(node)
         elif node.target is ANCHOR:
-            self._open_plan()
+            pass
         elif not is_tensors(fake(node)) and node.op == "call_function" and fake(node) is not None:
             pass  # sizes are made where they are used
         elif node in self.plan.token_loss or node in self.plan.counted:
@@ -220,18 +224,27 @@ class Rewriter:
             return (self.value(node.args[0], layout), 0, 0, 2**63 - 1), {}  # type: ignore[arg-type]
         axes = self.analysis.axes.get(node, NO_AXES)
         consumer = axes if isinstance(axes, Axes) else NO_AXES
-        scalars = layout is not Layout.DENSE and not _takes_sizes(node)
+        sizes = size_arguments(node)
+        inverts = consumer.meaning is Meaning.INVERSE and layout is not Layout.DENSE
 
-        def replace(argument: fx.Node) -> Any:
-            if is_tensor(argument) or isinstance(fake(argument), (tuple, list)):
+        def replace(argument: fx.Node, is_size: bool) -> Any:
+            if inverts and self.analysis.of(argument).meaning is Meaning.ARANGE:
+                return self._reinstantiate(argument, layout)  # row numbers, not values
+            if is_tensors(fake(argument)):
                 return self.value(argument, layout, consumer)
-            if scalars and self.symbols.mentions(_expr(argument)):
-                raise Refused(
-                    "size-as-value", f"{operator_name(node)} computes with the batch or sequence size itself", node
-                )
+            value = fake(argument)
+            if layout is not Layout.DENSE and not is_size and isinstance(value, _SCALARS):
+                if self.symbols.mentions(scalar_expr(value)):
+                    raise Refused(
+                        "size-as-value", f"{operator_name(node)} computes with the batch or sequence size", node
+                    )
             return self.symint(argument, layout)
 
-        return fx.map_arg((node.args, node.kwargs), replace)
+        args = tuple(
+            fx.map_arg(argument, functools.partial(replace, is_size=sizes is None or index in sizes))
+            for index, argument in enumerate(node.args)
+        )
+        return args, fx.map_arg(node.kwargs, functools.partial(replace, is_size=False))
 
     def _is_identity(self, node: fx.Node) -> bool:
         """Whether a slice of a token axis keeps all rows of this layout; positions cut off count no label."""
@@ -254,21 +267,23 @@ class Rewriter:
         self.emit.graph.output(fx.map_arg(node.args[0], replace))
 
 
-def _expr(node: fx.Node) -> Any:
-    value = fake(node)
-    return size_expr(value) if isinstance(value, (int, torch.SymInt)) else size_expr(0)
+_SCALARS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-# Operators whose integer arguments are sizes, or places along dimensions.
+def scalar_expr(value: Any) -> sympy.Expr:
+    return value.node.expr if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else sympy.sympify(value)
+
+
+# Operators all of whose integer arguments are sizes or places, and those of which only some arguments are.
 _SHAPED = {
     "aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.unflatten", "aten.slice", "aten.zeros",
-    "aten.ones", "aten.full", "aten.empty", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty",
-    "aten.rand", "aten.randn", "aten.arange", "aten.repeat", "aten.broadcast_to", "aten.slice_scatter",
-    "autograd_function_apply",
+    "aten.ones", "aten.empty", "aten.new_zeros", "aten.new_ones", "aten.new_empty", "aten.arange", "aten.repeat",
+    "aten.broadcast_to", "aten.slice_scatter", "autograd_function_apply",
 }  # fmt: skip
+_PARTLY_SHAPED = {"aten.full": {0}, "aten.new_full": {1}}
 
 
-def _takes_sizes(node: fx.Node) -> bool:
-    return operator_name(node) in _SHAPED
-
-
+def size_arguments(node: fx.Node) -> set[int] | None:
+    """Positions of the arguments that are sizes; None for all."""
+    name = operator_name(node)
+    return None if name in _SHAPED else _PARTLY_SHAPED.get(name, set())

@@ -15,6 +15,7 @@ from torch._functorch.aot_autograd import GraphSignature, aot_export_module
 
 from regate_fx.passes.base import PassContext, PassResult, Refused, operator_name
 from regate_fx.passes.functions import FUNCTION_APPLY, shield, unshield
+from regate_fx.passes.grad_mode import refuse_writes_without_grad
 
 aten = torch.ops.aten
 
@@ -34,6 +35,7 @@ class Functionalize:
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         _refuse_higher_order(gm)
+        refuse_writes_without_grad(gm)
         shielded = shield(gm)
         placeholders = gm.graph.find_nodes(op="placeholder")
         inputs = [node.meta["example_value"] for node in placeholders]

@@ -47,6 +47,7 @@ class Place:
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         analysis: TokenAxes = ctx.findings["token_axes"]
         stack: DecoderStack = ctx.findings["layers"]
+        _refuse_mixed_sums(stack, analysis)
         for layer in stack.layers:
             layer.refused = _why_not(layer, stack, analysis)
         placement = _Placer(gm, stack, analysis, ctx.findings["masks"]).place()
@@ -63,15 +64,22 @@ def _why_not(layer: Layer, stack: DecoderStack, analysis: TokenAxes) -> Refused 
         if stack.segment.get(node) == layer.index:
             return refused
     for attention in layer.attentions:
-        if not attention.kernel and (refused := _check_pairs(attention.nodes, analysis)) is not None:
+        if not attention.kernel and (refused := _check_pairs(attention.nodes, stack, analysis)) is not None:
             return refused
     return None
 
 
-def _check_pairs(nodes: tuple[fx.Node, ...], analysis: TokenAxes) -> Refused | None:
-    """What leaves a group of pair operators must be rows of tokens again, with both token axes."""
+def _check_pairs(nodes: tuple[fx.Node, ...], stack: DecoderStack, analysis: TokenAxes) -> Refused | None:
+    """A group of pair operators must be an attention.
+
+    It sums over keys with weights that depend on the (query, key) pair's content, and what leaves it are rows of
+    tokens again, with both token axes.
+    """
     members = set(nodes)
     for node in nodes:
+        if _sums_without_pairs(node, stack, analysis):
+            reason = f"{operator_name(node)} sums over positions with weights that are no attention"
+            return Refused("mixes-tokens", reason, node)
         leaves = any(user not in members for user in node.users)
         axes = analysis.axes[node]
         if leaves and (not isinstance(axes, Axes) or axes.sequences != 1):
@@ -79,6 +87,36 @@ def _check_pairs(nodes: tuple[fx.Node, ...], analysis: TokenAxes) -> Refused | N
                 "attention-shape", f"{operator_name(node)} hands on values over pairs of positions", node
             )
     return None
+
+
+_PRODUCTS = {"aten.matmul", "aten.bmm", "aten.mm", "aten.baddbmm", "aten.addmm", "aten.einsum"}
+
+
+def _sums_without_pairs(node: fx.Node, stack: DecoderStack, analysis: TokenAxes) -> bool:
+    """Whether a product contracts positions although no operand holds one number per pair made from content."""
+    if operator_name(node) not in _PRODUCTS:
+        return False
+    sources = [source for source in node.all_input_nodes if is_tensors(fake(source))]
+    most = max(analysis.of(source).sequences for source in sources)
+    if analysis.of(node).sequences >= most:
+        return False
+    return not any(source in stack.content and analysis.of(source).sequences > 1 for source in sources)
+
+
+def _refuse_mixed_sums(stack: DecoderStack, analysis: TokenAxes) -> None:
+    """A sum over active rows must not meet one over all positions: `(loss * mask).sum() / mask.sum()`."""
+    for node in stack.content:
+        sums = [source for source in node.all_input_nodes if _is_sum(analysis.axes.get(source))]
+        if any(source in stack.content for source in sums) and any(source not in stack.content for source in sums):
+            raise Refused(
+                "mixed-sums",
+                f"{operator_name(node)} combines a sum over the active tokens with one over all positions",
+                node,
+            )
+
+
+def _is_sum(axes: object) -> bool:
+    return isinstance(axes, Axes) and axes.aggregate
 
 
 def _learned(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -32,10 +32,14 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The axes of a node's value (a tuple for several values) and how it treats tokens."""
+    """The axes of a node's value (a tuple for several values) and how it treats tokens.
+
+    `reads_offsets`: the operator takes ends of groups of rows, and is known to compute each row by itself.
+    """
 
     axes: Result
     kind: Kind = Kind.ROWS
+    reads_offsets: bool = False
 
 
 Rule = Callable[["Operands"], Verdict]
@@ -112,10 +116,7 @@ def kind_of(result: Axes, *operands: Axes) -> Kind:
 def rowwise(op: Operands, operands: Sequence[Axes]) -> Verdict:
     """An operator that broadcasts its operands and treats every element by itself."""
     dims = merge(operands, operator_name(op.node))
-    aggregate = any(axes.aggregate for axes in operands)
-    result = Axes(dims, aggregate=aggregate)
-    if aggregate and result.has_tokens:
-        raise op.refuse("mixes-tokens", "spreads a value that was summed over tokens back to single tokens")
+    result = Axes(dims)
     if any(axes.meaning not in (None, Meaning.ARANGE) for axes in operands):
         raise op.refuse("row-numbers", "computes with row numbers or row counts outside a known expert dispatch")
     return Verdict(result, kind_of(result, *operands))

@@ -121,11 +121,12 @@ def _grouped(op: Operands) -> Verdict:
     names = [argument.name for argument in op.node.target._schema.arguments]  # type: ignore[union-attr]
     rows, weight, offsets = op.axes(names[0]), op.axes(names[1]), op.axes(names[2])
     factor = rows.dims[0][0] if rows.dims[0] else None
-    if weight.has_tokens or len(rows) != 2 or not isinstance(factor, Sorted):
+    if weight.has_tokens or weight.aggregate or len(rows) != 2 or not isinstance(factor, Sorted):
         raise op.refuse("grouped-product", "multiplies rows that were not sorted by expert")
     if offsets.meaning is not Meaning.OFFSETS or offsets.key != factor.key:
         raise op.refuse("grouped-product", "groups rows by something else than what they were sorted by")
-    return Verdict(rows.with_dims([rows.dims[0], op.symbols.dim_of_size(op.shape[-1])]))
+    result = rows.with_dims([rows.dims[0], op.symbols.dim_of_size(op.shape[-1])])
+    return Verdict(result, reads_offsets=True)
 
 
 @rule("aten._to_copy", "aten.clone", "aten.to", "aten.contiguous", "aten.alias", "aten.detach")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from regate_fx.passes.axes import Axes, Dim, Token, has_token, merge
 from regate_fx.passes.base import fake, operator_name
 from regate_fx.passes.rules import Kind, Operands, Verdict, kind_of, rowwise, rule
-from regate_fx.passes.rules_shape import shape_without
+from regate_fx.passes.rules_shape import feature_size, shape_without
 
 
 # Elementwise operators that do not carry `torch.Tag.pointwise`; those that do need no entry.
@@ -48,6 +48,8 @@ def _check_key_reduction(op: Operands, axes: Axes, dims: Sequence[int]) -> None:
     """A reduction over one whole sequence axis, batch apart, that masking the empty slots makes exact."""
     name = operator_name(op.node)
     if name not in MASKABLE:
+        raise op.refuse("mixes-tokens", "reduces over token positions")
+    if axes.sequences < 2:
         raise op.refuse("mixes-tokens", "reduces over token positions")
     if [axes.dims[dim] for dim in dims if has_token(axes.dims[dim])] != [(Token.S,)]:
         raise op.refuse("mixes-tokens", "reduces over a batch axis or several token axes")
@@ -109,7 +111,7 @@ def _topk(op: Operands) -> Verdict:
     dim = op.dim(op["dim"], axes)
     if has_token(axes.dims[dim]):
         raise op.refuse("mixes-tokens", "picks the largest along token positions")
-    size = op.symbols.dim_of_size(fake(op.node)[0].shape[dim])
+    size = feature_size(op, fake(op.node)[0].shape[dim])
     result = axes.with_dims([*axes.dims[:dim], size, *axes.dims[dim + 1 :]])
     return Verdict((result, result), kind_of(result))
 
@@ -121,7 +123,7 @@ def _along_dim(op: Operands) -> Verdict:
     if any(has_token(axes.dims[dim]) for axes in operands):
         raise op.refuse("mixes-tokens", "indexes along a token axis")
     # Outside `dim` these operators read entry for entry, without broadcasting.
-    without = [Axes((*a.dims[:dim], (), *a.dims[dim + 1 :]), aggregate=a.aggregate) for a in operands]
+    without = [Axes((*a.dims[:dim], (), *a.dims[dim + 1 :])) for a in operands]
     merged = rowwise(op, without)
     assert isinstance(merged.axes, Axes)
     size = op.symbols.dim_of_size(op.shape[dim])
@@ -168,9 +170,7 @@ def product(op: Operands, left: Axes, right: Axes) -> Verdict:
         if contracted != {(Token.S,)}:
             raise op.refuse("mixes-tokens", "contracts a batch axis or unequal token axes")
         pairs = Kind.PAIRS
-    result = Axes((*batch, left.dims[-2], right.dims[-1]), aggregate=left.aggregate or right.aggregate)
-    if result.aggregate and result.has_tokens:
-        raise op.refuse("mixes-tokens", "spreads a value that was summed over tokens back to single tokens")
+    result = Axes((*batch, left.dims[-2], right.dims[-1]))
     if sum(Token.B in dim for dim in result.dims) > 1:
         raise op.refuse("mixes-tokens", "pairs tokens of different samples")
     kind = Kind.PAIRS if pairs is Kind.PAIRS else kind_of(result, left, right)
@@ -210,7 +210,7 @@ def _einsum(op: Operands) -> Verdict:
     contracted = [dim for letter, dim in letters.items() if letter not in output and has_token(dim)]
     if any(dim != (Token.S,) for dim in contracted):
         raise op.refuse("mixes-tokens", "contracts a batch axis")
-    result = Axes(tuple(letters[letter] for letter in output), aggregate=any(a.aggregate for a in operands))
-    if sum(Token.B in dim for dim in result.dims) > 1 or (result.aggregate and result.has_tokens):
+    result = Axes(tuple(letters[letter] for letter in output))
+    if sum(Token.B in dim for dim in result.dims) > 1:
         raise op.refuse("mixes-tokens", "pairs tokens of different samples")
     return Verdict(result, Kind.PAIRS if contracted else kind_of(result, *operands))

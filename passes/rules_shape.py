@@ -31,8 +31,6 @@ def _expand(op: Operands) -> Verdict:
     target = op.symbols.axes_of_shape(op.shape)
     padded = [()] * (len(target) - len(axes)) + list(axes.dims)
     dims = [old if old != () else new for old, new in zip(padded, target.dims, strict=True)]
-    if axes.aggregate and any(has_token(dim) for dim in dims):
-        raise op.refuse("mixes-tokens", "spreads a value that was summed over tokens back to single tokens")
     result = axes.with_dims(dims)
     return Verdict(result, kind_of(result))
 
@@ -56,6 +54,14 @@ def _transpose(op: Operands) -> Verdict:
     return Verdict(result, kind_of(result))
 
 
+def feature_size(op: Operands, size: Any) -> Dim:
+    """A feature dimension cut or grown to a size; one as long as a token axis is no token axis for that."""
+    dim = op.symbols.dim_of_size(size)
+    if has_token(dim):
+        raise op.refuse("cuts-tokens", "cuts a feature dimension to the length of a token axis")
+    return dim
+
+
 def is_whole_slice(op: Operands) -> bool:
     """Whether a slice keeps its whole dimension."""
     before, after = fake(op["self"]).shape, op.shape
@@ -68,7 +74,7 @@ def _slice(op: Operands) -> Verdict:
     axes = op.axes("self")
     dim = op.dim(op["dim"], axes)
     if not has_token(axes.dims[dim]):
-        sizes = op.symbols.dim_of_size(op.shape[dim])
+        sizes = feature_size(op, op.shape[dim])
         result = axes.with_dims([*axes.dims[:dim], sizes, *axes.dims[dim + 1 :]])
         return Verdict(result, kind_of(result))
     if is_whole_slice(op):
@@ -105,7 +111,7 @@ def _split(op: Operands) -> Verdict:
         raise op.refuse("cuts-tokens", "splits a token axis")
     parts = []
     for part in fake(op.node):
-        sizes = [op.symbols.dim_of_size(part.shape[dim])] if len(part.shape) == len(axes) else []
+        sizes = [feature_size(op, part.shape[dim])] if len(part.shape) == len(axes) else []
         parts.append(axes.with_dims([*axes.dims[:dim], *sizes, *axes.dims[dim + 1 :]]))
     return Verdict(tuple(parts), kind_of(parts[0]))
 
@@ -124,12 +130,12 @@ def _join(op: Operands) -> Verdict:
     dim = op["dim"] % rank
     stacking = rank > len(parts[0])
     if stacking:
-        parts = [Axes((*axes.dims[:dim], (), *axes.dims[dim:]), aggregate=axes.aggregate) for axes in parts]
+        parts = [Axes((*axes.dims[:dim], (), *axes.dims[dim:])) for axes in parts]
     if any(has_token(axes.dims[dim]) for axes in parts):
         raise op.refuse("joins-tokens", "joins along a token axis")
     joined = rowwise(op, [axes.with_dims([*axes.dims[:dim], (), *axes.dims[dim + 1 :]]) for axes in parts])
     assert isinstance(joined.axes, Axes)
-    size = op.symbols.dim_of_size(op.shape[dim])
+    size = feature_size(op, op.shape[dim])
     result = joined.axes.with_dims([*joined.axes.dims[:dim], size, *joined.axes.dims[dim + 1 :]])
     return Verdict(result, joined.kind)
 
@@ -140,7 +146,7 @@ def _slice_scatter(op: Operands) -> Verdict:
     dim = op.dim(op["dim"], axes)
     if has_token(axes.dims[dim]) or has_token(source.dims[dim]):
         raise op.refuse("cuts-tokens", "writes to part of a token axis")
-    without = [Axes((*a.dims[:dim], (), *a.dims[dim + 1 :]), aggregate=a.aggregate) for a in (axes, source)]
+    without = [Axes((*a.dims[:dim], (), *a.dims[dim + 1 :])) for a in (axes, source)]
     merged = rowwise(op, without)
     assert isinstance(merged.axes, Axes)
     dims = merged.axes.dims
@@ -153,7 +159,7 @@ def _select_scatter(op: Operands) -> Verdict:
     dim = op.dim(op["dim"], axes)
     if has_token(axes.dims[dim]):
         raise op.refuse("cuts-tokens", "writes to one entry of a token axis")
-    widened = Axes((*source.dims[:dim], (), *source.dims[dim:]), aggregate=source.aggregate)
+    widened = Axes((*source.dims[:dim], (), *source.dims[dim:]))
     return rowwise(op, [axes, widened])
 
 
@@ -166,7 +172,7 @@ def _pad(op: Operands) -> Verdict:
         if any(not (isinstance(side, int) and side == 0) for side in op["pad"][2 * index : 2 * index + 2]):
             if has_token(dims[dim]):
                 raise op.refuse("cuts-tokens", "pads a token axis")
-            dims[dim] = op.symbols.dim_of_size(op.shape[dim])
+            dims[dim] = feature_size(op, op.shape[dim])
     result = axes.with_dims(dims)
     return Verdict(result, kind_of(result))
 
@@ -204,7 +210,7 @@ def _made(op: Operands) -> Verdict:
 
 rule(
     "aten.zeros", "aten.ones", "aten.full", "aten.empty", "aten.new_zeros", "aten.new_ones", "aten.new_full",
-    "aten.new_empty", "aten.scalar_tensor", "aten.rand", "aten.randn",
+    "aten.new_empty", "aten.scalar_tensor",
 )(_made)  # fmt: skip
 
 
@@ -214,9 +220,7 @@ def _arange(op: Operands) -> Verdict:
     counts_from_zero = op._arguments.get("start", 0) == 0 and op._arguments.get("step", 1) == 1
     if not result.has_tokens or not counts_from_zero:
         return Verdict(result)
-    # A single factor is positions or samples; several are counted through, which makes row numbers.
-    rows = len(result.factors) > 1
-    return Verdict(Axes(result.dims, Meaning.ARANGE), Kind.CONSTANT if rows else Kind.ROWS)
+    return Verdict(Axes(result.dims, Meaning.ARANGE))
 
 
 def shape_without(dims: Sequence[Any], drop: Sequence[int], keep: bool) -> list[Any]:

@@ -6,7 +6,7 @@ but no gated layer may contain it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 import torch
@@ -14,7 +14,7 @@ from torch import fx
 
 # Imported for the rules they register.
 from regate_fx.passes import rules_attention, rules_index, rules_math, rules_shape  # noqa: F401
-from regate_fx.passes.axes import NO_AXES, Axes, Cut, TokenSymbols, size_expr
+from regate_fx.passes.axes import NO_AXES, Axes, Cut, Meaning, TokenSymbols, size_expr
 from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_tensors, operator_name
 from regate_fx.passes.plan_nodes import ANCHOR
 from regate_fx.passes.rules import RULES, Kind, Operands, Result, Verdict
@@ -60,7 +60,7 @@ def _analyse(node: fx.Node, analysis: TokenAxes) -> None:
     if node.op == "output" or not is_tensors(value):
         return
     try:
-        verdict = _verdict(node, analysis)
+        verdict = _contain_aggregates(node, _verdict(node, analysis), analysis)
         _check_sizes(node, verdict, analysis.symbols)
     except Refused as refused:
         refused.node = refused.node or node
@@ -104,17 +104,36 @@ def _verdict(node: fx.Node, analysis: TokenAxes) -> Verdict:
     raise operands.refuse("unknown-operator", "is not an operator whose treatment of tokens is known")
 
 
+def _contain_aggregates(node: fx.Node, verdict: Verdict, analysis: TokenAxes) -> Verdict:
+    """What sums over tokens must not reach single tokens again, whatever path it takes.
+
+    The ends of the experts' rows may: a grouped product reads them to tell rows apart, not to mix them.
+    """
+    sums = [source for source in node.all_input_nodes if _is_aggregate(analysis.axes.get(source))]
+    if not sums:
+        return verdict
+    several = isinstance(verdict.axes, tuple)
+    results = verdict.axes if isinstance(verdict.axes, tuple) else (verdict.axes,)
+    if any(axes.has_tokens for axes in results):
+        if verdict.reads_offsets and all(_meaning(analysis.axes[source]) is Meaning.OFFSETS for source in sums):
+            return verdict
+        raise Refused("mixes-tokens", f"{operator_name(node)} spreads a sum over tokens to single tokens", node)
+    marked = tuple(replace(axes, aggregate=True) for axes in results)
+    return replace(verdict, axes=marked if several else marked[0])
+
+
+def _is_aggregate(result: Result | None) -> bool:
+    results = result if isinstance(result, tuple) else (result,)
+    return any(axes is not None and axes.aggregate for axes in results)
+
+
+def _meaning(result: Result) -> Meaning | None:
+    return result.meaning if isinstance(result, Axes) else None
+
+
 def _without_tokens(node: fx.Node, analysis: TokenAxes) -> Verdict:
-    """No operand has token axes: the value is a parameter, a constant, or made of sums over tokens."""
-    aggregate = any(
-        isinstance(axes := analysis.axes.get(source), Axes) and axes.aggregate for source in node.all_input_nodes
-    )
-    axes = _axes_by_size(fake(node), analysis.symbols)
-    if isinstance(axes, Axes):
-        if axes.has_tokens and aggregate:
-            raise Refused("mixes-tokens", f"{operator_name(node)} spreads a sum over tokens", node)
-        axes = Axes(axes.dims, aggregate=aggregate)
-    return Verdict(axes)
+    """No operand has token axes: the value is a parameter, a constant, or made of those."""
+    return Verdict(_axes_by_size(fake(node), analysis.symbols))
 
 
 # What may happen to logits that lost their first or last positions, on the way to the loss.

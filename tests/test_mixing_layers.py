@@ -1,4 +1,4 @@
-"""What cannot be gated: layers that mix tokens outside attention run in full and are named, or all is refused.
+"""What cannot be gated: layers that mix tokens outside attention run in full, or the model is refused.
 
 Shapes: B samples, S positions, D hidden size.
 """

@@ -1,0 +1,370 @@
+"""Normalisation, and every hazard of it: each cure is shown to be needed by taking it away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from captured import capture, copy_graph, operators, run_until
+from torch import Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_export_module
+
+from regate_fx.errors import PassFailed
+from regate_fx.passes import brackets, functionalize
+from regate_fx.passes.base import PassContext, Refused, operator_name
+from regate_fx.passes.brackets import CloseBrackets
+from regate_fx.passes.pipeline import NORMALISE, run_passes
+
+D, V = 8, 11
+
+
+class Small(nn.Module):
+    """`body(self, x)` on embedded ids; x [B, S, D]."""
+
+    def __init__(self, body: Callable[[Small, Tensor], Any]) -> None:
+        super().__init__()
+        self.embedding, self.up = nn.Embedding(V, D), nn.Linear(D, D)
+        self.register_buffer("mean", torch.zeros(D))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.body = body
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return self.body(self, self.embedding(input_ids))
+
+
+@pytest.fixture
+def ids() -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(V, (2, 5))}
+
+
+def normalise(gm: fx.GraphModule) -> fx.GraphModule:
+    """Normalised, with autocast brackets put back so that it can run."""
+    passes = (*NORMALISE, CloseBrackets())
+    return run_passes(fx.GraphModule(gm, copy_graph(gm)), PassContext(), passes).graph_module
+
+
+def step(outputs: Any, module: nn.Module) -> dict[str, Tensor]:
+    """Gradients of the sum of the first output's squares."""
+    module.zero_grad(set_to_none=True)
+    first = outputs[0] if isinstance(outputs, tuple) else outputs
+    first.float().pow(2).sum().backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_as_eager(module: nn.Module, ids: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    """Outputs and their order, dtypes, the set of gradients and their values."""
+    seed = torch.random.get_rng_state()
+    seen = capture(module, ids, rewrite=normalise).outputs
+    seen_gradients = step(seen, module)
+    torch.random.set_rng_state(seed)
+    wanted = module(**ids)
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+    assert len(seen) == len(wanted)
+    for ours, theirs in zip(seen, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    wanted_gradients = step(wanted, module)
+    assert seen_gradients.keys() == wanted_gradients.keys()
+    for name, gradient in wanted_gradients.items():
+        torch.testing.assert_close(seen_gradients[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def new_empty(w: Small, x: Tensor) -> Tensor:
+    y = x.new_empty(*x.shape[:2], 2 * D)
+    y[..., :D] = w.up(x)
+    y[..., D:] = x
+    return y
+
+
+def scatter_(w: Small, x: Tensor) -> Tensor:
+    kept = torch.zeros_like(x)
+    kept.scatter_(-1, x.topk(2, -1).indices, 1.0)
+    return w.up(x) * kept
+
+
+def add_(w: Small, x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y.add_(w.up(x))
+    return y
+
+
+def index_put_(w: Small, x: Tensor) -> Tensor:
+    y = torch.zeros_like(x).view(-1, D)
+    y.index_put_((torch.arange(x.shape[0] * x.shape[1]),), w.up(x).view(-1, D))
+    return y.view(x.shape)
+
+
+IN_PLACE = {body.__name__: body for body in (new_empty, scatter_, add_, index_put_)}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_writes_become_values(name: str, ids: dict[str, Tensor]) -> None:
+    module = Small(IN_PLACE[name])
+    assert_as_eager(module, ids)
+
+    run = run_until("functionalize", module, ids)
+    targets = [n.target for n in run.graph_module.graph.nodes if n.op == "call_function"]
+    overloads = [target for target in targets if isinstance(target, torch._ops.OpOverload)]
+    assert not any(target._schema.is_mutable for target in overloads)
+    assert not run.graph_module.graph.find_nodes(op="call_method", target=name)
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_before_normalisation_a_write_is_a_dependence_without_an_edge(name: str, ids: dict[str, Tensor]) -> None:
+    """Why all analysis waits for this pass: what is written is no input of what is returned."""
+    module = Small(IN_PLACE[name])
+    raw = capture(module, ids).graph_module
+    normal = run_until("functionalize", module, ids).graph_module
+
+    assert not _reached_by(raw, "linear", _returned(raw)) or name == "scatter_"
+    assert _reached_by(normal, "aten.linear", _returned(normal))
+    if name == "scatter_":
+        assert not _reached_by(raw, "topk", _returned(raw))
+        assert _reached_by(normal, "aten.topk", _returned(normal))
+
+
+def _returned(gm: fx.GraphModule) -> fx.Node:
+    return gm.graph.output_node().args[0][0]  # type: ignore[index, return-value]
+
+
+def _reached_by(gm: fx.GraphModule, name: str, node: fx.Node) -> bool:
+    seen, todo = set(), [node]
+    while todo:
+        current = todo.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        todo.extend(current.all_input_nodes)
+    return any(n.op.startswith("call_") and operator_name(n) == name for n in seen)
+
+
+class TripledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return x * y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = ctx.saved_tensors
+        return 3 * grad * y, 3 * grad * x
+
+
+def custom_backward(w: Small, x: Tensor) -> Tensor:
+    return TripledGradient.apply(w.up(x), x)
+
+
+def test_an_autograd_function_keeps_its_own_backward(ids: dict[str, Tensor]) -> None:
+    module = Small(custom_backward)
+    assert_as_eager(module, ids)
+    assert operators(run_until("functionalize", module, ids).graph_module)["autograd_function_apply"] == 1
+
+
+def test_without_the_shield_an_autograd_function_has_another_gradient(
+    ids: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functionalize, "shield", lambda gm: [])
+    with pytest.raises(AssertionError):
+        assert_as_eager(Small(custom_backward), ids)
+
+
+class Shaped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad[..., None].expand(*grad.shape, D)
+
+
+def test_an_autograd_function_of_another_shape_is_refused_by_name(ids: dict[str, Tensor]) -> None:
+    with pytest.raises(Refused, match="shape and dtype") as caught:
+        run_until("functionalize", Small(lambda w, x: Shaped.apply(w.up(x))), ids)
+    assert caught.value.code == "function-shape"
+
+
+def wide_inside(w: Small, x: Tensor) -> Tensor:
+    y = w.up(x)
+    with torch.autocast("cpu", enabled=False):
+        z = F.linear(y.float(), w.up.weight.float())
+    return F.linear(z, w.up.weight)
+
+
+def after_wide(w: Small, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        z = F.linear(x, w.up.weight)
+    return z.to(torch.float64)
+
+
+def narrow_inside(w: Small, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = w.up(x)
+    return w.up(y.float())
+
+
+def rounded_after_wide(w: Small, x: Tensor) -> Tensor:
+    y = w.up(x)
+    with torch.autocast("cpu", enabled=False):
+        z = F.linear(y.float(), w.up.weight.float())
+    return (z * 1.01).bfloat16().float() * 1.1
+
+
+def widened_after_narrow(w: Small, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = w.up(x)
+    return y.float() * 1.01
+
+
+def widened_in_narrow(w: Small, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = w.up(x).float() * 1.01
+    return y * 1.01
+
+
+AUTOCAST = (wide_inside, narrow_inside, rounded_after_wide, widened_after_narrow, widened_in_narrow, add_)
+
+
+@pytest.mark.parametrize("ambient", [True, False], ids=["ambient", "no ambient"])
+@pytest.mark.parametrize("body", AUTOCAST, ids=lambda body: body.__name__)
+def test_autocast_keeps_its_dtypes(body: Callable[..., Tensor], ambient: bool, ids: dict[str, Tensor]) -> None:
+    """A body that would lose a cast may be refused; it may not run at another precision."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=ambient):
+        try:
+            assert_as_eager(Small(body), ids)
+        except Refused as refused:
+            assert "autocast" in str(refused)
+            assert body in (rounded_after_wide, widened_after_narrow, widened_in_narrow, narrow_inside)
+
+
+def test_without_dropping_asserts_in_graph_autocast_fails(
+    ids: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functionalize, "_drop_asserts", lambda gm: 0)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="dtype"):
+        assert_as_eager(Small(after_wide), ids)
+
+
+def running_mean(w: Small, x: Tensor) -> Tensor:
+    y = w.up(x) - w.mean
+    w.mean.mul_(0.9).add_(0.1 * x.detach().mean((0, 1)))
+    w.count += x.shape[1]
+    return y
+
+
+def test_buffers_are_written_back(ids: dict[str, Tensor]) -> None:
+    """The buffers after each of three calls are those of an eager model."""
+    seen, wanted = Small(running_mean), Small(running_mean)
+    wanted.load_state_dict(seen.state_dict())
+    for call in range(3):
+        batch = {"input_ids": torch.randint(V, (2, 5 + call))}
+        ours = capture(seen, batch, rewrite=normalise).outputs[0]
+        torch.testing.assert_close(ours, wanted(**batch))
+        for ours, theirs in zip(seen.buffers(), wanted.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_without_writing_back_the_outputs_are_other_values(
+    ids: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functionalize, "_restore_mutations", lambda gm, signature: 0)
+    module = Small(running_mean)
+    outputs = capture(module, ids, rewrite=normalise).outputs
+    assert outputs[0].shape != (2, 5, D)
+    assert not module.mean.any()
+
+
+class Aliases(nn.Module):
+    """Outputs that are inputs, views of inputs and the same value twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(V, D)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        x = self.embedding(input_ids)
+        return x, input_ids, labels.view(-1), x.transpose(0, 1), x, input_ids[:, 1:]
+
+
+def test_outputs_that_alias_keep_their_order_and_values(ids: dict[str, Tensor]) -> None:
+    inputs = {**ids, "labels": ids["input_ids"] + 1}
+    assert_as_eager(Aliases(), inputs)
+
+
+def test_dropout_stays_one_operator_and_draws_what_eager_draws(ids: dict[str, Tensor]) -> None:
+    module = Small(lambda w, x: F.dropout(w.up(x), 0.3))
+    assert_as_eager(module, ids)
+
+    seen = operators(run_until("functionalize", module, ids).graph_module)
+    assert seen["aten.dropout"] == 1
+
+    large = {"input_ids": torch.randint(V, (64, 50))}
+    dropped = capture(module, large, rewrite=normalise).outputs[0].eq(0).double().mean()
+    trials = 64 * 50 * D
+    assert abs(float(dropped) - 0.3) < 5 * (0.3 * 0.7 / trials) ** 0.5
+
+
+def frozen_part(w: Small, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = w.up(x).tanh()
+    return x * scale
+
+
+def test_what_a_no_grad_region_computes_has_no_gradient(ids: dict[str, Tensor]) -> None:
+    module = Small(frozen_part)
+    assert_as_eager(module, ids)
+    assert set(step(capture(module, ids, rewrite=normalise).outputs, module)) == {"embedding.weight"}
+
+
+def test_without_detaching_a_no_grad_region_would_have_one(
+    ids: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(brackets, "_detach", lambda gm, node, constants: None)
+    module = Small(frozen_part)
+    seen = step(capture(module, ids, rewrite=normalise).outputs, module)
+    assert {"up.weight", "up.bias"} <= set(seen)
+
+
+def clamped_in_place(w: Small, x: Tensor) -> Tensor:
+    y = w.up(x)
+    with torch.no_grad():
+        y.clamp_(-1, 1)
+    return y * x
+
+
+def test_a_write_under_no_grad_keeps_the_gradient_or_is_refused(ids: dict[str, Tensor]) -> None:
+    """Eager writes the data and keeps the history; as a value of its own the result would have none."""
+    try:
+        run_until("open_brackets", Small(clamped_in_place), ids)
+    except Refused as refused:
+        assert "no_grad" in str(refused)
+        return
+    assert_as_eager(Small(clamped_in_place), ids)
+
+
+def branch(w: Small, x: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
+
+
+def test_an_unknown_higher_order_operator_is_refused_by_name(ids: dict[str, Tensor]) -> None:
+    with pytest.raises(Refused, match="higher-order operator cond") as caught:
+        run_until("functionalize", Small(branch), ids)
+    assert caught.value.code == "higher-order"
+
+
+def test_a_batched_transform_is_refused_by_name(ids: dict[str, Tensor]) -> None:
+    body = lambda w, x: torch.vmap(lambda row: row.cumsum(0))(x)  # noqa: E731
+    with pytest.raises((Refused, PassFailed), match="functorch|vmap"):
+        run_until("functionalize", Small(body), ids)
+
+
+def test_export_itself_does_not_restore_mutations(ids: dict[str, Tensor]) -> None:
+    """The hazard as torch has it: mutated inputs come first in the outputs, and nothing writes them back."""
+    raw = capture(Small(running_mean), ids).graph_module
+    inputs = [node.meta["example_value"] for node in raw.graph.find_nodes(op="placeholder")]
+    exported, signature = aot_export_module(raw, inputs, trace_joint=False, pre_dispatch=True)
+    assert len(signature.user_inputs_to_mutate) == 2
+    assert operators(exported)["aten.copy_"] == 0
+    assert operators(run_until("functionalize", Small(running_mean), ids).graph_module)["aten.copy_"] == 2

@@ -1,0 +1,209 @@
+"""What a mask is proven to show, against what it shows when it is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from captured import run_until
+from torch import Tensor, nn
+
+from regate_fx.passes.masks import MaskProof
+
+D, H, V, W = 8, 2, 23, 3
+MaskCode = Callable[[Tensor, Tensor], Tensor | None]
+
+
+class Attends(nn.Module):
+    """One attention whose mask is `code(input_ids, attention_mask)`."""
+
+    def __init__(self, code: MaskCode, is_causal: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(V, D)
+        self.code, self.is_causal = code, is_causal
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        x = x.view(*x.shape[:2], H, -1).transpose(1, 2)
+        mask = self.code(input_ids, attention_mask)
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=mask, is_causal=self.is_causal)
+
+
+def grid(ids: Tensor) -> tuple[Tensor, Tensor]:
+    index = torch.arange(ids.shape[1])
+    return index[:, None], index[None, :]
+
+
+def causal(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    return (k <= q)[None, None]
+
+
+def causal_and_padding(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    return (q >= k) & am.bool()[:, None, None, :]
+
+
+def causal_shifted(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    return (k < q + 1) & am.bool()[:, None, None, :]
+
+
+def window(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    return ((k <= q) & (k > q - W)) & am.bool()[:, None, None, :]
+
+
+def window_by_difference(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    return (k <= q) & (k + W > q) & am.bool()[:, None, None, :]
+
+
+def padding_only(ids: Tensor, am: Tensor) -> Tensor:
+    return am.bool()[:, None, None, :]
+
+
+def additive_causal(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    seen = (k <= q) & am.bool()[:, None, None, :]
+    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+
+
+def strictly_before(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    return (k < q) & am.bool()[:, None, None, :]
+
+
+def one_ahead(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    return (k <= q + 1) & am.bool()[:, None, None, :]
+
+
+def anticausal(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    return (k >= q) & am.bool()[:, None, None, :]
+
+
+def two_sided_window(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    return (k < q + W) & (k > q - W) & am.bool()[:, None, None, :]
+
+
+def prefix(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    return ((k <= q) | (k < 2)) & am.bool()[:, None, None, :]
+
+
+def documents(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    document = (ids == 0).cumsum(1)
+    return (k <= q) & (document[:, None, :, None] == document[:, None, None, :])
+
+
+def query_padding(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    return (k <= q) & am.bool()[:, None, :, None]
+
+
+def triangle(ids: Tensor, am: Tensor) -> Tensor:
+    return torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+
+
+def inverted_padding(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    return (k <= q) & ~am.bool()[:, None, None, :]
+
+
+def soft(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    return torch.where(k <= q, 0.0, -2.0)[None, None]
+
+
+def biased(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    return torch.where(k <= q, 1.0 * (k - q), torch.finfo(torch.float32).min)[None, None]
+
+
+def every_other(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    return (k <= q) & ((q - k) % 2 == 0)
+
+
+def by_positions(ids: Tensor, am: Tensor) -> Tensor:
+    positions = am.cumsum(1)
+    return positions[:, None, :, None] >= positions[:, None, None, :]
+
+
+def reversed_index(ids: Tensor, am: Tensor) -> Tensor:
+    index = torch.arange(ids.shape[1] - 1, -1, -1)
+    return (index[None, :] <= index[:, None])[None, None]
+
+
+PROVEN: dict[str, tuple[MaskCode, MaskProof]] = {
+    "causal": (causal, MaskProof(causal=True)),
+    "causal and padding": (causal_and_padding, MaskProof(causal=True)),
+    "causal, shifted index": (causal_shifted, MaskProof(causal=True)),
+    "window": (window, MaskProof(causal=True, window=W)),
+    "window by difference": (window_by_difference, MaskProof(causal=True, window=W)),
+    "padding only": (padding_only, MaskProof()),
+    "additive causal": (additive_causal, MaskProof(causal=True)),
+}
+EXPLICIT = (
+    strictly_before, one_ahead, anticausal, two_sided_window, prefix, documents, query_padding, triangle,
+    inverted_padding, soft, biased, every_other, by_positions, reversed_index,
+)  # fmt: skip
+
+
+def proof(code: MaskCode, is_causal: bool = False) -> tuple[MaskProof, int]:
+    ids = torch.randint(V, (2, 7))
+    am = torch.ones(2, 7, dtype=torch.int64)
+    am[0, 5:] = 0
+    run = run_until("prove_masks", Attends(code, is_causal), {"input_ids": ids, "attention_mask": am})
+    (found,) = run.context.findings["masks"].values()
+    return found, run.rewrites["prove_masks"]
+
+
+@pytest.mark.parametrize("name", PROVEN)
+def test_a_mask_is_proven_to_show_what_it_shows(name: str) -> None:
+    code, expected = PROVEN[name]
+    assert proof(code) == (expected, 1)
+
+
+@pytest.mark.parametrize("name", PROVEN)
+def test_what_is_proven_is_what_the_mask_says_pair_by_pair(name: str) -> None:
+    code, expected = PROVEN[name]
+    S = 9
+    q, k = torch.arange(S)[:, None], torch.arange(S)
+    low = -math.inf if not expected.window else 1 - expected.window
+    wanted = (k - q >= low) & (k - q <= (0 if expected.causal else math.inf))
+    seen = code(torch.zeros(1, S, dtype=torch.int64), torch.ones(1, S, dtype=torch.int64))
+    assert seen is not None
+    seen = seen if seen.dtype is torch.bool else seen == 0
+    assert torch.equal(seen.expand(1, 1, S, S)[0, 0], wanted)
+
+
+@pytest.mark.parametrize("code", EXPLICIT, ids=lambda code: code.__name__)
+def test_any_other_mask_is_read_as_it_is(code: MaskCode) -> None:
+    assert proof(code) == (MaskProof(explicit=True), 0)
+
+
+def test_the_operators_own_causal_order_is_proven_without_a_mask() -> None:
+    assert proof(lambda ids, am: None, is_causal=True) == (MaskProof(causal=True), 1)
+    assert proof(lambda ids, am: None) == (MaskProof(), 1)
+
+
+def test_a_window_of_one_shows_a_position_to_itself_only() -> None:
+    def itself(ids: Tensor, am: Tensor) -> Tensor:
+        q, k = grid(ids)
+        return ((k <= q) & (k > q - 1))[None, None] & am.bool()[:, None, None, :]
+
+    assert proof(itself)[0] == MaskProof(causal=True, window=1)
+
+
+def test_proofs_name_themselves() -> None:
+    assert str(MaskProof(causal=True, window=4)) == "causal, window 4"
+    assert str(MaskProof()) == "full"
+    assert str(MaskProof(explicit=True)) == "mask read at active pairs"

@@ -14,6 +14,7 @@ from torch import fx
 from torch._functorch.aot_autograd import GraphSignature, aot_export_module
 
 from regate_fx.passes.base import PassContext, PassResult, Refused, operator_name
+from regate_fx.passes.casts import pin_casts, release_casts
 from regate_fx.passes.functions import FUNCTION_APPLY, shield, unshield
 from regate_fx.passes.grad_mode import refuse_writes_without_grad
 
@@ -37,6 +38,7 @@ class Functionalize:
         _refuse_higher_order(gm)
         refuse_writes_without_grad(gm)
         shielded = shield(gm)
+        pin_casts(gm)
         placeholders = gm.graph.find_nodes(op="placeholder")
         inputs = [node.meta["example_value"] for node in placeholders]
         normal, signature = aot_export_module(gm, inputs, trace_joint=False, pre_dispatch=True)
@@ -45,6 +47,7 @@ class Functionalize:
         rewrites += _restore_mutations(normal, signature)
         rewrites += _make_differentiable(normal)
         rewrites += _drop_asserts(normal)
+        rewrites += release_casts(normal)
         for before, after in zip(placeholders, normal.graph.find_nodes(op="placeholder"), strict=True):
             after.meta = {**before.meta, **after.meta}
         normal.recompile()

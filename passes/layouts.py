@@ -95,6 +95,11 @@ class Layouts:
         return self._once("slot_rows", lambda: self._flat(self._plan.slot_rows))
 
     @property
+    def _filled_slots(self) -> fx.Node:
+        """int64 [B*L]: packed row of every slot; that of row 0 where empty."""
+        return self._once("filled_slots", lambda: self._emit.call(aten.clamp.default, self.slot_rows, 0))
+
+    @property
     def slot_valid(self) -> fx.Node:
         """bool [B, L]: which slots hold a row."""
         return self._once("slot_valid", lambda: self._emit.call(aten.ge.Scalar, self._plan.slot_rows, 0))
@@ -149,12 +154,15 @@ class Layouts:
         return self._emit.call(aten.where.self, shown, scattered, constant)
 
     def spread(self, value: fx.Node, axes: Axes) -> fx.Node:
-        """Packed to compact; empty slots are zero."""
+        """Packed to compact. Empty slots repeat some active row: whatever is computed there must stay finite.
+
+        No gradient comes back from them: they are left out of every sum over keys, and dropped as queries.
+        """
         exploded, factors = self._explode(value, axes, Layout.PACKED)
         if Token.S not in factors or axes.sequences > 1:
             raise Refused("layout", "only rows of tokens can be spread to slots")
         front, order = self._to_front(exploded, factors)
-        slots = self._take(self._fold(front, factors), self.slot_rows, self._plan.row_slots, False, True)
+        slots = self._take(self._fold(front, factors), self._filled_slots, self._plan.row_slots, True, True)
         spread = self._unfold(slots, factors, Layout.COMPACT)
         return self._regroup(self._back(spread, order), axes, Layout.COMPACT)
 

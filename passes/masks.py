@@ -146,7 +146,7 @@ def _both(a: Form, b: Form) -> Form:
 
 
 def _arange(op: Operands, forms: dict[fx.Node, Form]) -> Form:
-    axes = op._axes[op.node]
+    axes = op._axes.get(op.node)
     if isinstance(axes, Axes) and axes.meaning is Meaning.ARANGE and axes.dims[0] in ((Token.B,), (Token.S,)):
         return Index(axes.dims[0][0], -1)  # type: ignore[arg-type]
     return None

@@ -89,7 +89,7 @@ def emit_compact(rewriter: Rewriter, node: fx.Node) -> fx.Node:
         operand = node.args[index]
         assert isinstance(operand, fx.Node)
         axes = op.axes(operand)
-        if axes.dims[-2] == (Token.S,) and not _is_spread(rewriter, operand):
+        if axes.dims[-2] == (Token.S,):
             filled[index] = _fill(rewriter, filled[index], axes, len(axes) - 2, 0.0)
     elif name == "aten.einsum":
         filled[1] = _fill_einsum(rewriter, op, list(args[1]))
@@ -111,18 +111,13 @@ def _fill(rewriter: Rewriter, value: fx.Node, axes: Axes, dim: int, filler: floa
     return rewriter.emit.call(aten.where.ScalarOther, valid, value, filler)
 
 
-def _is_spread(rewriter: Rewriter, operand: fx.Node) -> bool:
-    """Whether a compact value came straight from packed rows, so that its empty slots are zero."""
-    return rewriter.placement.layout(operand) is Layout.PACKED
-
-
 def _fill_einsum(rewriter: Rewriter, op: Operands, tensors: list[fx.Node]) -> list[fx.Node]:
     inputs, _, output = op["equation"].replace(" ", "").partition("->")
     for index, subscript in enumerate(inputs.split(",")):
         operand = op["tensors"][index]
         axes = op.axes(operand)
-        if _is_spread(rewriter, operand):
-            continue
+        if axes.sequences > 1:
+            continue  # the values it is contracted with are filled
         for dim, letter in enumerate(subscript):
             if letter not in output and axes.dims[dim] == (Token.S,):
                 tensors[index] = _fill(rewriter, tensors[index], axes, dim, 0.0)

@@ -43,6 +43,17 @@ def _(
     return torch.empty_like(row_of, dtype=torch.float32), torch.empty_like(row_of, dtype=torch.bool)
 
 
+@torch.library.custom_op("regate_fx::cast", mutates_args=())
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, kept by normalisation even where it takes `x` for being of that dtype already."""
+    return x.to(dtype, copy=True)
+
+
+@cast.register_fake
+def _(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
 @torch.library.custom_op("regate_fx::opaque", mutates_args=())
 def opaque(operands: list[Tensor], sizes: list[int], like: list[int], key: int) -> list[Tensor]:
     """Carry an operator that must stay whole through normalisation.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from captured import run_until
@@ -22,8 +23,16 @@ class Mixes(Block):
     """Tokens mix outside attention."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attend(self.attention_norm(x), mask)
+        return x + self.down(F.gelu(self.up(self.norm(x).cumsum(1))))
+
+
+class MixesOnceMore(Block):
+    """As `Mixes`, in an addition of its own."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = super().forward(x, mask)
-        return x + self.norm(x).cumsum(1) * 0.1
+        return x + self.norm(x).cumsum(1)
 
 
 class HandWritten(Block):
@@ -111,43 +120,40 @@ def test_nothing_is_packed_where_every_layer_mixes() -> None:
 class Remembers(Decoder):
     """The second layer reads what the first computed inside: a value behind the residual stream's back."""
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Tensor) -> Any:
+    def forward(self, input_ids: Tensor, labels: Tensor, **_: Tensor) -> Any:
         first, second = self.layers
         x = self.embedding(input_ids)
         values = first.v(first.norm(x))
         x = first(x)
-        y = second.norm(x)
-        x = second(x) + (y * values if self.plain else (y * values).cumsum(1))
-        logits = self.head(self.final_norm(x))
-        loss = None if labels is None else self.loss(logits, labels)
-        from transformers.modeling_outputs import CausalLMOutput
-
-        return CausalLMOutput(loss=loss, logits=logits)
-
-    plain = True
+        x = second(x) + second.norm(x) * values
+        return self.loss(self.head(self.final_norm(x)), labels)
 
 
-def remembering(plain: bool) -> Decoder:
-    model = Remembers([Block(), Block()])
-    model.plain = plain
-    return model
+def test_layers_that_share_a_value_behind_the_streams_back_are_one() -> None:
+    run = run_until("place", Remembers([Block(), Block()]), batch(), some_active())
+    (layer,) = run.context.findings["layers"].layers
+    assert len(layer.attentions) == 2
+    assert layer.refused is None
+    assert set(run.context.findings["placement"].layouts.values()) == {Layout.PACKED}
 
 
-def test_a_value_that_skips_layers_stays_packed_between_gated_ones() -> None:
-    run = run_until("place", Loss(remembering(plain=True)), batch(), some_active())
-    assert all(layer.refused is None for layer in run.context.findings["layers"].layers)
-    assert not run.context.findings["placement"].scatter_base
+class ShowsStates(Decoder):
+    """Besides the loss, states from inside the first layer are returned: every position of them."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **_: Tensor) -> Any:
+        first, second = self.layers
+        x = self.embedding(input_ids)
+        inside = x + first.attend(first.attention_norm(x), None)
+        x = inside + first.down(F.gelu(first.up(first.norm(inside))))
+        return self.loss(self.head(self.final_norm(second(x))), labels), inside
 
 
-def test_a_value_that_a_dense_layer_reads_behind_the_streams_back_makes_its_layer_dense() -> None:
-    model = remembering(plain=False)
-    run = run_until("place", Loss(model), batch(), some_active())
-    refusals = {refusal.layer: refusal for refusal in run.refusals if refusal.layer is not None}
-    assert refusals[1].code == "mixes-tokens"
-    assert refusals[0].code == "escapes"
-
-    layers = run.context.findings["layers"].layers
-    assert [layer.refused is not None for layer in layers] == [True, True]
+def test_a_layer_whose_inner_states_are_wanted_everywhere_is_dense_and_named() -> None:
+    run = run_until("place", ShowsStates([Block(), Block()]), batch(), some_active())
+    (refusal,) = [refusal for refusal in run.refusals if refusal.layer is not None]
+    assert (refusal.layer, refusal.code) == (0, "escapes")
+    assert "every position" in refusal.reason
+    assert [layer.refused is None for layer in run.context.findings["layers"].layers] == [False, True]
 
 
 def test_dense_layers_among_gated_ones_compute_what_eager_does() -> None:
@@ -158,10 +164,11 @@ def test_dense_layers_among_gated_ones_compute_what_eager_does() -> None:
     assert [layer.kind for layer in gated.report.layers] == ["varlen", "dense", "varlen", "compact"]
 
 
-def test_a_dense_layer_sees_the_states_that_elided_positions_had_before_the_gated_ones() -> None:
+@pytest.mark.parametrize("mixing", [Mixes, MixesOnceMore])
+def test_a_dense_layer_sees_the_states_that_elided_positions_had_before_the_gated_ones(mixing: type[Block]) -> None:
     """Against the meaning written out by hand: `h'[b, s] = h[b, s]` at elided positions, as a constant."""
     torch.manual_seed(1)
-    first, second = Block(), Mixes()
+    first, second = Block(), mixing()
     model = Decoder([first, second])
     inputs, active = batch(), some_active()
 

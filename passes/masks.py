@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import Axes, Meaning, Token
+from regate_fx.passes.axes import Axes, Meaning, Token, size_expr
 from regate_fx.passes.base import PassContext, PassResult, fake, operator_name
 from regate_fx.passes.plan_nodes import PlanNodes
 from regate_fx.passes.rules import Kind, Operands
+from regate_fx.passes.rules_shape import is_whole_slice
 from regate_fx.passes.token_axes import TokenAxes
 
 
@@ -197,9 +198,12 @@ def _moved(op: Operands, forms: dict[fx.Node, Form]) -> Form:
 
 
 def _slice(op: Operands, forms: dict[fx.Node, Form]) -> Form:
-    form = forms.get(op["self"])
-    whole = tuple(op.shape) == tuple(fake(op["self"]).shape) and op["step"] == 1
-    return form if whole else None
+    return forms.get(op["self"]) if is_whole_slice(op) else None
+
+
+def _view(op: Operands, forms: dict[fx.Node, Form]) -> Form:
+    before, after = ([size_expr(size) for size in fake(node).shape] for node in (op["self"], op.node))
+    return forms.get(op["self"]) if before == after else None
 
 
 def _cast(op: Operands, forms: dict[fx.Node, Form]) -> Form:
@@ -260,6 +264,8 @@ _EVALUATE: dict[str, Callable[[Operands, dict[fx.Node, Form]], Form]] = {
     "aten.gt": _compare(1, None),
     "aten.unsqueeze": _moved,
     "aten.slice": _slice,
+    "aten.view": _view,
+    "aten.reshape": _view,
     "aten._to_copy": _cast,
     "aten.index": _look_up,
     "aten.new_ones": _filled,

@@ -77,6 +77,16 @@ class GatedEngine:
         takes = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         return {"use_cache": False} if takes else {}
 
+    def _with_padding_mask(self, plan: TokenPlan, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Say that there is no padding where the caller says nothing.
+
+        Without mask and positions, models look for packed documents in positions they have just made themselves.
+        """
+        named = own_signature(self.model).parameters
+        if "attention_mask" not in named or "position_ids" in inputs or "attention_mask" in inputs:
+            return inputs
+        return inputs | {"attention_mask": torch.ones_like(plan.row_of)}
+
     @property
     def report(self) -> Report | None:
         """Made when asked for, and for the last call: counting its tokens waits for the device."""
@@ -139,6 +149,7 @@ class GatedEngine:
 
     def _call(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
         captures = self._backend.captures
+        inputs = self._with_padding_mask(plan, inputs)
         seen = captures.graphs, len(captures.refusals), len(captures.runs)
         ties = _mark_sizes(plan, inputs)
         labelled = inputs.get("labels") is not None

@@ -68,7 +68,17 @@ class GatedEngine:
         passes = REFERENCE if self.options.reference else PIPELINE
         self._backend = GatingBackend(self.options.backend, passes)
         self._graphs: list[PipelineRun] = []
-        self._run = torch.compile(_own_code(_traced), backend=self._backend)
+        self._runs: dict[frozenset[str], Callable[..., Any]] = {}
+
+    def _run(self, inputs: dict[str, Any]) -> Callable[..., Any]:
+        """The traced function for calls with these argument names.
+
+        Each set of names is a trace of its own in any case; apart, no guard looks for an argument that is not there.
+        """
+        names = frozenset(inputs)
+        if names not in self._runs:
+            self._runs[names] = torch.compile(_own_code(_traced), backend=self._backend)
+        return self._runs[names]
 
     @functools.cached_property
     def _no_cache(self) -> dict[str, Any]:
@@ -158,7 +168,7 @@ class GatedEngine:
         padding = self._live.attention_mask
         with _capture_config(self._whole), self._live.anchored(self.model, not self._whole):
             try:
-                loss, logits, aux_loss = self._run(
+                loss, logits, aux_loss = self._run(inputs)(
                     original_forward(self.model), self._live, inputs | self._no_cache, ties, wants_logits
                 )
             except BackendCompilerFailed as error:

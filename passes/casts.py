@@ -23,7 +23,11 @@ def pin_casts(gm: fx.GraphModule) -> int:
         if node.op != "call_method" or node.target not in _METHODS:
             continue
         before, after = (n.meta.get("example_value") for n in (node.args[0], node))
-        if not isinstance(before, torch.Tensor) or before.device != after.device or before.dtype == after.dtype:
+        if (
+            not isinstance(before, torch.Tensor)
+            or before.device != after.device
+            or before.dtype == after.dtype
+        ):
             continue
         with gm.graph.inserting_before(node):
             cast = gm.graph.call_function(CAST, (node.args[0], after.dtype))

@@ -95,6 +95,3 @@ def _replace_outputs(node: fx.Node, outputs: object, values: dict[fx.Node, fx.No
             raise Refused("checkpoint-output", "the checkpointed body's outputs are used as one value", user)
         user.replace_all_uses_with(mapped[user.args[1]])  # type: ignore[index]
         user.graph.erase_node(user)
-
-
-

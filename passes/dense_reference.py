@@ -86,7 +86,9 @@ class _Reference:
         """A [B, S] grid shaped to broadcast to a value of `axes`, along its sequence axis (dimension `only`)."""
         shape: list[fx.Node | int] = []
         for index, dim in enumerate(axes.dims):
-            tokens = tuple(factor for factor in dim if factor is Token.B or (factor is Token.S and only in (None, index)))
+            tokens = tuple(
+                factor for factor in dim if factor is Token.B or (factor is Token.S and only in (None, index))
+            )
             if len(dim) > 1 and tokens and dim not in ((Token.B, Token.S),):
                 raise Refused("layout", "the reference does not mask an axis that folds tokens with features")
             shape.append(-1 if dim == (Token.B, Token.S) else self._size(tokens[0]) if tokens else 1)
@@ -121,7 +123,9 @@ class _Reference:
         others = [i for i, d in enumerate(axes.dims) if d == (Token.S,) and i != dim]
         if others:
             rows = Axes(tuple(d if i == others[0] or Token.B in d else () for i, d in enumerate(axes.dims)))
-            visible = self.emit.call(aten.logical_or.default, visible, self._folded(self.elided, rows, others[0]))
+            visible = self.emit.call(
+                aten.logical_or.default, visible, self._folded(self.elided, rows, others[0])
+            )
         filler = torch.finfo(fake(value).dtype).min if MASKABLE.get(name) == "lowest" else 0.0
         filled = self.emit.call(aten.where.ScalarOther, visible, value, filler)
         node.replace_input_with(value, filled)
@@ -191,7 +195,9 @@ class _Reference:
         with self.emit.like(node), self.graph.inserting_before(node):
             rows = self._logits_rows(op)
             target = self.emit.call(aten.where.ScalarOther, rows, op["target"], op["ignore_index"])
-            nll = self.emit.call(aten.cross_entropy_loss.default, op["self"], target, None, 0, op["ignore_index"])
+            nll = self.emit.call(
+                aten.cross_entropy_loss.default, op["self"], target, None, 0, op["ignore_index"]
+            )
             loss = self.emit.call(aten.sum.default, nll)
             if op["reduction"] != 2:
                 counted = self.emit.call(aten.ne.Scalar, target, op["ignore_index"])

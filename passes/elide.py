@@ -16,7 +16,16 @@ import torch
 from torch import fx
 
 from regate_fx.passes.axes import NO_AXES, Axes, Meaning, Token, TokenSymbols, size_expr
-from regate_fx.passes.base import PassContext, PassResult, Refused, fake, fake_mode_of, is_tensor, is_tensors, operator_name
+from regate_fx.passes.base import (
+    PassContext,
+    PassResult,
+    Refused,
+    fake,
+    fake_mode_of,
+    is_tensor,
+    is_tensors,
+    operator_name,
+)
 from regate_fx.passes.emit import Emitter
 from regate_fx.passes.layers import DecoderStack
 from regate_fx.passes.layouts import Layout, Layouts
@@ -126,7 +135,9 @@ class Rewriter:
             return self.layouts.gather_pairs(held[Layout.DENSE], axes, consumer)
         base = self.placement.scatter_base.get(node)
         if base is None:
-            raise Refused("layout", f"{node.name} is computed on active rows but needed at every position", node)
+            raise Refused(
+                "layout", f"{node.name} is computed on active rows but needed at every position", node
+            )
         return self.layouts.scatter(self.value(node, Layout.PACKED), axes, self.value(base, Layout.DENSE))
 
     def symint(self, node: fx.Node, layout: Layout) -> Any:
@@ -143,7 +154,9 @@ class Rewriter:
         expr = scalar_expr(value)
         if expr.is_Integer and isinstance(value, (int, torch.SymInt)):
             return int(expr)
-        if self.symbols.mentions(expr) and not (held is None and layout is Layout.DENSE and not self._is_open):
+        if self.symbols.mentions(expr) and not (
+            held is None and layout is Layout.DENSE and not self._is_open
+        ):
             sizes = self.layouts.sizes[layout]
             if expr == self.symbols.batch:
                 return sizes.batch
@@ -236,7 +249,9 @@ class Rewriter:
             if layout is not Layout.DENSE and not is_size and isinstance(value, _SCALARS):
                 if self.symbols.mentions(scalar_expr(value)):
                     raise Refused(
-                        "size-as-value", f"{operator_name(node)} computes with the batch or sequence size", node
+                        "size-as-value",
+                        f"{operator_name(node)} computes with the batch or sequence size",
+                        node,
                     )
             return self.symint(argument, layout)
 
@@ -271,7 +286,11 @@ _SCALARS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def scalar_expr(value: Any) -> sympy.Expr:
-    return value.node.expr if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else sympy.sympify(value)
+    return (
+        value.node.expr
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+        else sympy.sympify(value)
+    )
 
 
 # Operators all of whose integer arguments are sizes or places, and those of which only some arguments are.

@@ -88,7 +88,9 @@ def _make_differentiable(gm: fx.GraphModule) -> int:
         with gm.graph.inserting_before(node):
             value = source
             if base.meta["val"].dtype != source.meta["val"].dtype:
-                value = gm.graph.call_function(aten._to_copy.default, (value,), {"dtype": base.meta["val"].dtype})
+                value = gm.graph.call_function(
+                    aten._to_copy.default, (value,), {"dtype": base.meta["val"].dtype}
+                )
                 value.meta = dict(node.meta, val=source.meta["val"].to(base.meta["val"].dtype))
             if tuple(base.meta["val"].shape) != tuple(source.meta["val"].shape):
                 value = gm.graph.call_function(aten.expand_as.default, (value, base))

@@ -2,8 +2,8 @@
 
 The hidden states flow from the embeddings to the head. Values that every such path passes through are the
 residual stream (its dominators); a layer is what lies between the stream value that an attention reads and the
-one that the next attention reads. No module, class or architecture name is looked at, save to end the last layer
-where one layer alone gives no period to go by.
+one that the next attention reads. Which module a node came from is asked only to end the last layer, behind which
+no other begins.
 """
 
 from __future__ import annotations
@@ -172,9 +172,7 @@ def _carries_states(node: fx.Node, analysis: TokenAxes) -> bool:
     return is_tensor(node) and isinstance(axes, Axes) and axes.sequences == 1 and not has_token(axes.dims[-1])
 
 
-def _sink(
-    last: fx.Node, content: set[fx.Node], order: dict[fx.Node, int], analysis: TokenAxes
-) -> fx.Node:
+def _sink(last: fx.Node, content: set[fx.Node], order: dict[fx.Node, int], analysis: TokenAxes) -> fx.Node:
     """The logits that meet the labels, else the last states that depend on the last attention."""
     after = sorted(_descendants(last) & content | {last}, key=order.__getitem__)
     for node in after:
@@ -220,34 +218,37 @@ def _layers(attentions: list[Attention], stream: list[fx.Node], order: dict[fx.N
 
 
 def _end_last_layer(stack: DecoderStack, stream: list[fx.Node]) -> None:
-    """Where the last layer ends and the final norm begins: after as many stream values as the layers before."""
+    """Where the last layer ends and the final norm begins.
+
+    The module around its attention tells, where the capture recorded one; else as many stream values as the layer
+    before has; else the last residual addition.
+    """
     last = stack.layers[-1]
     if last.start is None:
         return
     first = stream.index(last.start)
+    behind = stream[first + 1 :]
+    for module in reversed(_numbered_modules(last.anchor)):
+        if members := [vertex for vertex in behind if module in _numbered_modules(vertex)]:
+            last.end = members[-1]
+            return
     if len(stack.layers) > 1 and (previous := stack.layers[-2].start) is not None:
         period = first - stream.index(previous)
         if first + period < len(stream) and stream[first + period].target == last.start.target:
             last.end = stream[first + period]
             return
-    name = _layer_module(last.anchor)
-    members = [vertex for vertex in stream[first + 1 :] if name is not None and _layer_module(vertex) == name]
-    if members:
-        last.end = members[-1]
-        return
     adds = [
         vertex
-        for vertex in stream[first + 1 :]
+        for vertex in behind
         if operator_name(vertex) == "aten.add" and any(source in stream for source in vertex.all_input_nodes)
     ]
     last.end = adds[-1] if adds else None
 
 
-def _layer_module(node: fx.Node) -> str | None:
-    """Path of the innermost module with a number for a name that the capture saw around a node."""
+def _numbered_modules(node: fx.Node) -> list[str]:
+    """Paths of the modules around a node that have a number for a name, outermost first."""
     paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    numbered = [path for path in paths if re.search(r"(\.\d+|\[\d+\])$", path)]
-    return numbered[0] if numbered else None
+    return [path for path in paths if re.search(r"(\.\d+|\[\d+\])$", path)]
 
 
 def _assign_segments(stack: DecoderStack, order: dict[fx.Node, int]) -> None:
@@ -267,4 +268,3 @@ def _assign_segments(stack: DecoderStack, order: dict[fx.Node, int]) -> None:
 
 def loss_nodes(stack: DecoderStack, analysis: TokenAxes) -> list[fx.Node]:
     return [node for node in stack.content if analysis.kinds.get(node) is Kind.LOSS]
-

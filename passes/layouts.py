@@ -76,13 +76,17 @@ class Layouts:
     def positions(self) -> fx.Node:
         """int64 [N]: original position of every packed row."""
         length = self.sizes[Layout.DENSE].length
-        return self._once("positions", lambda: self._emit.call(aten.remainder.Scalar, self._plan.rows, length))
+        return self._once(
+            "positions", lambda: self._emit.call(aten.remainder.Scalar, self._plan.rows, length)
+        )
 
     @property
     def samples(self) -> fx.Node:
         """int64 [N]: sample of every packed row."""
         length = self.sizes[Layout.DENSE].length
-        return self._once("samples", lambda: self._emit.call(aten.floor_divide.Scalar, self._plan.rows, length))
+        return self._once(
+            "samples", lambda: self._emit.call(aten.floor_divide.Scalar, self._plan.rows, length)
+        )
 
     @property
     def row_of(self) -> fx.Node:
@@ -137,7 +141,9 @@ class Layouts:
         if Token.B in factors or self.sizes[Layout.DENSE].batch == 1:
             front, order = self._to_front(exploded, factors)
             rows = self._take(self._fold(front, factors), self._plan.rows, self.row_of, True, False)
-            return self._regroup(self._back(self._unfold(rows, factors, Layout.PACKED), order), axes, Layout.PACKED)
+            return self._regroup(
+                self._back(self._unfold(rows, factors, Layout.PACKED), order), axes, Layout.PACKED
+            )
         picked = self._emit.call(aten.index_select.default, exploded, factors.index(Token.S), self.positions)
         return self._regroup(picked, axes, Layout.PACKED)
 
@@ -266,7 +272,9 @@ class Layouts:
         if Token.B not in factors:
             return value
         sizes = self.sizes[layout]
-        return self._emit.call(aten.reshape.default, value, [sizes.batch, sizes.length, *self._rest(value, 1)])
+        return self._emit.call(
+            aten.reshape.default, value, [sizes.batch, sizes.length, *self._rest(value, 1)]
+        )
 
     def _take(self, value: fx.Node, index: fx.Node, inverse: fx.Node, total: bool, back: bool) -> fx.Node:
         if not fake(value).dtype.is_floating_point and total:
@@ -327,9 +335,7 @@ class Layouts:
             moved = self._emit.call(aten.expand.default, moved, sizes)
         return self._emit.call(aten.flatten.using_ints, moved, place, place + 1)
 
-    def _align(
-        self, grid: fx.Node, axes: Axes, tokens: tuple[Token, Token], layout: Layout
-    ) -> fx.Node:
+    def _align(self, grid: fx.Node, axes: Axes, tokens: tuple[Token, Token], layout: Layout) -> fx.Node:
         """A [B, S]-shaped grid as a view that broadcasts to a value of `axes` in `layout`."""
         factors = [f for dim in axes.dims for f in (dim if has_token(dim) else (1,))]
         present = [f for f in factors if f in tokens]

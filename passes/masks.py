@@ -167,7 +167,10 @@ def _compare(low: int | None, high: int | None) -> Callable[[Operands, dict[fx.N
     """`self - other` lies in [low, high]."""
 
     def compare(op: Operands, forms: dict[fx.Node, Form]) -> Form:
-        left, right = forms.get(op["self"]), forms.get(op["other"]) if isinstance(op["other"], fx.Node) else None
+        left, right = (
+            forms.get(op["self"]),
+            forms.get(op["other"]) if isinstance(op["other"], fx.Node) else None,
+        )
         if not isinstance(left, Index) or not isinstance(right, Index):
             return None
         if left.token is not Token.S or right.token is not Token.S:
@@ -222,7 +225,9 @@ def _look_up(op: Operands, forms: dict[fx.Node, Form]) -> Form:
     sample, position = picks
     if not isinstance(position, Index) or position.token is not Token.S or position.offset != 0:
         return None
-    if op.symbols.batch != 1 and not (isinstance(sample, Index) and sample.token is Token.B and not sample.offset):
+    if op.symbols.batch != 1 and not (
+        isinstance(sample, Index) and sample.token is Token.B and not sample.offset
+    ):
         return None
     return Padding(position.dim)
 

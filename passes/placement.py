@@ -82,7 +82,9 @@ def _check_pairs(nodes: tuple[fx.Node, ...], stack: DecoderStack, analysis: Toke
             reason = f"{operator_name(node)} sums over positions with weights that are no attention"
             return Refused("mixes-tokens", reason, node)
         if _reduces_queries(node, analysis):
-            return Refused("mixes-tokens", f"{operator_name(node)} sums over queries, or takes them for keys", node)
+            return Refused(
+                "mixes-tokens", f"{operator_name(node)} sums over queries, or takes them for keys", node
+            )
         leaves = any(user not in members for user in node.users)
         axes = analysis.axes[node]
         if leaves and (not isinstance(axes, Axes) or axes.sequences != 1):
@@ -164,7 +166,9 @@ def _refuse_mixed_sums(stack: DecoderStack, analysis: TokenAxes) -> None:
     """A sum over active rows must not meet one over all positions: `(loss * mask).sum() / mask.sum()`."""
     for node in stack.content:
         sums = [source for source in node.all_input_nodes if _is_sum(analysis.axes.get(source))]
-        if any(source in stack.content for source in sums) and any(source not in stack.content for source in sums):
+        if any(source in stack.content for source in sums) and any(
+            source not in stack.content for source in sums
+        ):
             raise Refused(
                 "mixed-sums",
                 f"{operator_name(node)} combines a sum over the active tokens with one over all positions",
@@ -293,7 +297,9 @@ class _Placer:
             for node in self.nodes:
                 if node in needed_dense and self.stack.segment.get(node) == layer.index:
                     layer.refused = Refused(
-                        "escapes", f"{operator_name(node)} inside the layer is read at every position outside", node
+                        "escapes",
+                        f"{operator_name(node)} inside the layer is read at every position outside",
+                        node,
                     )
                     self.dense.add(layer.index)
                     refused = True
@@ -321,4 +327,3 @@ class _Placer:
         if user.op == "output":
             return isinstance(axes, Axes) and axes.has_tokens
         return user in needed or not self._is_packable(user)
-

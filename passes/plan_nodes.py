@@ -59,7 +59,9 @@ class FindPlan:
                 "static-length", f"the sequence length is the constant {length} in the captured graph", row_of
             )
         if batch.is_Integer and batch != 1:
-            raise Refused("static-batch", f"the batch size is the constant {batch} in the captured graph", row_of)
+            raise Refused(
+                "static-batch", f"the batch size is the constant {batch} in the captured graph", row_of
+            )
         ctx.findings["symbols"] = TokenSymbols(batch, length)
         ctx.findings["plan"] = PlanNodes(*tensors, attention_mask, labels, *map(tuple, slots))  # type: ignore[arg-type]
         return PassResult(gm, 0)

@@ -26,7 +26,8 @@ def emit_kernel(rewriter: Rewriter, node: fx.Node) -> fx.Node:
     op = Operands(node, rewriter.analysis.axes, rewriter.symbols)
     emit, layouts = rewriter.emit, rewriter.layouts
     query, key, value = (
-        _as_autocast(rewriter, node, rewriter.value(op[name], Layout.PACKED)) for name in ("query", "key", "value")
+        _as_autocast(rewriter, node, rewriter.value(op[name], Layout.PACKED))
+        for name in ("query", "key", "value")
     )
     proof = rewriter.masks[node]
     mask = _dense_mask(rewriter, op) if proof.explicit else None
@@ -146,4 +147,3 @@ def _compact_attention(rewriter: Rewriter, op: Operands) -> fx.Node:
         op.node.target, query, key, value, mask, op["dropout_p"], op["is_causal"],
         scale=op["scale"], enable_gqa=op["enable_gqa"],
     )  # fmt: skip
-

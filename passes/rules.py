@@ -118,5 +118,7 @@ def rowwise(op: Operands, operands: Sequence[Axes]) -> Verdict:
     dims = merge(operands, operator_name(op.node))
     result = Axes(dims)
     if any(axes.meaning not in (None, Meaning.ARANGE) for axes in operands):
-        raise op.refuse("row-numbers", "computes with row numbers or row counts outside a known expert dispatch")
+        raise op.refuse(
+            "row-numbers", "computes with row numbers or row counts outside a known expert dispatch"
+        )
     return Verdict(result, kind_of(result, *operands))

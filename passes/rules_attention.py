@@ -41,13 +41,17 @@ def _cross_entropy(op: Operands) -> Verdict:
     if not logits.has_tokens:
         return Verdict(op.symbols.axes_of_shape(op.shape))
     if len(logits) != 2 or len(target) != 1 or has_token(logits.dims[1]):
-        raise op.refuse("loss", "takes logits that are not [tokens, vocabulary] or labels that are not [tokens]")
+        raise op.refuse(
+            "loss", "takes logits that are not [tokens, vocabulary] or labels that are not [tokens]"
+        )
     if op.symbols.size(logits.dims[0]) != op.symbols.size(target.dims[0]):
         raise op.refuse("loss", "pairs logits and labels of different positions")
     if op["weight"] is not None or op["label_smoothing"] != 0.0:
         raise op.refuse("loss", "weights classes or smooths labels, which has no per-token loss to report")
     if op["reduction"] == 0:
-        raise op.refuse("loss", "returns losses per token, to be averaged by code that does not know which count")
+        raise op.refuse(
+            "loss", "returns losses per token, to be averaged by code that does not know which count"
+        )
     return Verdict(Axes((), aggregate=True), Kind.LOSS)
 
 
@@ -90,7 +94,9 @@ def _body_axes(
         operands = [env[source] for source in node.all_input_nodes]
         if not _is_elementwise(node) or any(axes is None for axes in operands):
             raise Refused(
-                "function", f"an autograd.Function runs {node.name}, which is not elementwise on tensors", op.node
+                "function",
+                f"an autograd.Function runs {node.name}, which is not elementwise on tensors",
+                op.node,
             )
         env[node] = Axes(merge([axes for axes in operands if axes is not None], node.name))
     raise AssertionError("a graph without output")
@@ -109,5 +115,3 @@ def _is_elementwise(node: fx.Node) -> bool:
     # An operator of that name over tensors; `default` of some is an overload over plain numbers.
     overloads = [getattr(packet, name) for name in ("Tensor", "default") if name in packet.overloads()]
     return bool(overloads) and torch.Tag.pointwise in overloads[0].tags
-
-

@@ -9,8 +9,7 @@ import sympy
 
 from regate_fx.passes.axes import Axes, Cut, Dim, Meaning, Token, has_token, merge, reshape, size_expr
 from regate_fx.passes.base import fake
-from regate_fx.passes.rules import Kind, Operands, Verdict, kind_of, rule, rowwise
-
+from regate_fx.passes.rules import Kind, Operands, Verdict, kind_of, rowwise, rule
 
 
 def _view(op: Operands, of: str = "self") -> Verdict:

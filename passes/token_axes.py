@@ -115,9 +115,13 @@ def _contain_aggregates(node: fx.Node, verdict: Verdict, analysis: TokenAxes) ->
     several = isinstance(verdict.axes, tuple)
     results = verdict.axes if isinstance(verdict.axes, tuple) else (verdict.axes,)
     if any(axes.has_tokens for axes in results):
-        if verdict.reads_offsets and all(_meaning(analysis.axes[source]) is Meaning.OFFSETS for source in sums):
+        if verdict.reads_offsets and all(
+            _meaning(analysis.axes[source]) is Meaning.OFFSETS for source in sums
+        ):
             return verdict
-        raise Refused("mixes-tokens", f"{operator_name(node)} spreads a sum over tokens to single tokens", node)
+        raise Refused(
+            "mixes-tokens", f"{operator_name(node)} spreads a sum over tokens to single tokens", node
+        )
     marked = tuple(replace(axes, aggregate=True) for axes in results)
     return replace(verdict, axes=marked if several else marked[0])
 

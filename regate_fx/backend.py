@@ -74,4 +74,3 @@ def _has_anchor(gm: fx.GraphModule) -> bool:
         for node in gm.graph.nodes
         if node.op == "call_function"
     )
-

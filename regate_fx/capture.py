@@ -141,7 +141,7 @@ class GatedEngine:
             return validate(self.model, inputs, gated, self._untouched, _or_none(reference))
 
     def _untouched(self, plan: TokenPlan, inputs: dict[str, Any]) -> Any:
-        return original_forward(self.model)(**inputs, **self._no_cache)
+        return original_forward(self.model)(**(inputs | self._no_cache))
 
     def _gated(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
         try:
@@ -192,7 +192,9 @@ class GatedEngine:
         if refusals:
             raise NotGateable(refusals)
         if not report.gated:
-            missing = LayerRefusal(None, "no-graph", "the token plan reached no decoder layer that can be gated")
+            missing = LayerRefusal(
+                None, "no-graph", "the token plan reached no decoder layer that can be gated"
+            )
             raise NotGateable([*report.refusals, *_of_layers(captures)] or [missing])
         if labelled and not any(run.context.findings["loss"] for run in captures.runs):
             reason = "the loss is not a cross entropy over the decoder's tokens in one of the captured graphs"
@@ -239,7 +241,11 @@ def _as_refusal(error: Exception) -> Exception:
 def _own_code(function: types.FunctionType) -> types.FunctionType:
     """The function with a code object of its own: Dynamo caches graphs, and limits their number, per code object."""
     copy = types.FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy

@@ -46,7 +46,9 @@ def check_token_mask(token_mask: object, batch: int, length: int, device: torch.
             "token_mask", f"expected a bool tensor, got {type(token_mask).__name__}.", "Pass a [B, S] tensor."
         )
     if token_mask.dtype != torch.bool:
-        raise InvalidInput("token_mask", f"expected dtype torch.bool, got {token_mask.dtype}.", "Use mask.bool().")
+        raise InvalidInput(
+            "token_mask", f"expected dtype torch.bool, got {token_mask.dtype}.", "Use mask.bool()."
+        )
     if tuple(token_mask.shape) != (batch, length):
         raise InvalidInput(
             "token_mask",
@@ -55,7 +57,9 @@ def check_token_mask(token_mask: object, batch: int, length: int, device: torch.
         )
     if token_mask.device != device:
         raise InvalidInput(
-            "token_mask", f"is on {token_mask.device}, the batch on {device}.", f"Move it with .to({str(device)!r})."
+            "token_mask",
+            f"is on {token_mask.device}, the batch on {device}.",
+            f"Move it with .to({str(device)!r}).",
         )
     return token_mask
 

@@ -6,6 +6,7 @@ Shapes: B samples, S positions, D hidden size, V vocabulary, N active positions,
 from __future__ import annotations
 
 import copy
+import io
 import random
 from collections.abc import Callable
 from typing import Any
@@ -135,7 +136,7 @@ def gate(model: nn.Module) -> Any:
 
 
 def printed(report: Report, width: int) -> str:
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(report)
     return console.export_text()
 

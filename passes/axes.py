@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -41,8 +41,8 @@ class Sorted:
     key: str
 
 
-Factor = Token | Cut | Sorted | int | sympy.Expr
-Dim = tuple[Factor, ...]
+Factor: TypeAlias = Token | Cut | Sorted | int | sympy.Expr
+Dim: TypeAlias = tuple[Factor, ...]
 
 
 class Meaning(enum.Enum):

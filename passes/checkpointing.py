@@ -46,7 +46,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
     body = _body(gm, node)
     region = next(_region_ids)
     placeholders = body.graph.find_nodes(op="placeholder")
-    values: dict[fx.Node, fx.Node] = dict(zip(placeholders, node.args[1:], strict=True))  # type: ignore[arg-type]
+    values: dict[fx.Node, fx.Node] = dict(zip(placeholders, node.args[1:], strict=True))
     with gm.graph.inserting_before(node):
         for inner in body.graph.nodes:
             if inner.op == "placeholder":
@@ -93,5 +93,5 @@ def _replace_outputs(node: fx.Node, outputs: object, values: dict[fx.Node, fx.No
     for user in list(node.users):
         if user.target is not operator.getitem:
             raise Refused("checkpoint-output", "the checkpointed body's outputs are used as one value", user)
-        user.replace_all_uses_with(mapped[user.args[1]])  # type: ignore[index]
+        user.replace_all_uses_with(mapped[user.args[1]])
         user.graph.erase_node(user)

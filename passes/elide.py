@@ -167,7 +167,7 @@ class Rewriter:
         if node.op == "call_function" and not any(is_tensor(source) for source in node.all_input_nodes):
             operands = [self.symint(arg, layout) if isinstance(arg, fx.Node) else arg for arg in node.args]
             if not any(isinstance(operand, fx.Node) for operand in operands):
-                return node.target(*operands)  # type: ignore[operator]
+                return node.target(*operands)
             return self.emit.call(node.target, *operands)
         if node.target is aten.sym_size.int:
             return self._size_of(node, layout)
@@ -223,8 +223,10 @@ class Rewriter:
             return self._values[node].layouts[Layout.DENSE]
 
         plan = self.plan
-        tensors = (plan.rows, plan.row_of, plan.cu_seqlens, plan.slot_rows, plan.row_slots)
-        self.layouts = Layouts(self.emit, PlanNodes(*map(new, tensors), None, None, (), ()))
+        rows, row_of, cu_seqlens = new(plan.rows), new(plan.row_of), new(plan.cu_seqlens)
+        slots = (new(plan.slot_rows), new(plan.row_slots))
+        moved = PlanNodes(rows, row_of, cu_seqlens, *slots, None, None, (), ())
+        self.layouts = Layouts(self.emit, moved)
 
     def _reinstantiate(self, node: fx.Node, layout: Layout) -> fx.Node:
         """The node's own operator in another layout: operands moved, sizes replaced."""
@@ -234,7 +236,7 @@ class Rewriter:
     def arguments(self, node: fx.Node, layout: Layout) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A node's arguments in a layout. A size in a place that is no shape keeps its captured value."""
         if operator_name(node) == "aten.slice" and layout is not Layout.DENSE and self._is_identity(node):
-            return (self.value(node.args[0], layout), 0, 0, 2**63 - 1), {}  # type: ignore[arg-type]
+            return (self.value(node.args[0], layout), 0, 0, 2**63 - 1), {}
         axes = self.analysis.axes.get(node, NO_AXES)
         consumer = axes if isinstance(axes, Axes) else NO_AXES
         sizes = size_arguments(node)
@@ -246,13 +248,11 @@ class Rewriter:
             if is_tensors(fake(argument)):
                 return self.value(argument, layout, consumer)
             value = fake(argument)
-            if layout is not Layout.DENSE and not is_size and isinstance(value, _SCALARS):
-                if self.symbols.mentions(scalar_expr(value)):
-                    raise Refused(
-                        "size-as-value",
-                        f"{operator_name(node)} computes with the batch or sequence size",
-                        node,
-                    )
+            is_value = layout is not Layout.DENSE and not is_size and isinstance(value, _SCALARS)
+            if is_value and self.symbols.mentions(scalar_expr(value)):
+                raise Refused(
+                    "size-as-value", f"{operator_name(node)} computes with the batch or sequence size", node
+                )
             return self.symint(argument, layout)
 
         args = tuple(

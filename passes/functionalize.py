@@ -70,7 +70,7 @@ def _restore_mutations(gm: fx.GraphModule, signature: GraphSignature) -> int:
     if signature.buffers_to_mutate or signature.parameters_to_mutate:
         raise Refused("mutation", "the graph writes to a module attribute that is not a graph input")
     output = gm.graph.output_node()
-    values = list(output.args[0])  # type: ignore[arg-type]
+    values = list(output.args[0])
     inputs = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
     with gm.graph.inserting_before(output):
         for value, target in zip(values, mutated.values(), strict=False):

@@ -39,7 +39,7 @@ def shield(gm: fx.GraphModule) -> list[Shielded]:
     """
     shielded: list[Shielded] = []
     for node in gm.graph.find_nodes(op="call_function", target=FUNCTION_APPLY):
-        forward, backward = (gm.get_submodule(str(body.target)) for body in node.args[:2])  # type: ignore[union-attr]
+        forward, backward = (gm.get_submodule(str(body.target)) for body in node.args[:2])
         assert isinstance(forward, fx.GraphModule) and isinstance(backward, fx.GraphModule)
         tensors = tuple(_is_tensor_operand(node, operand) for operand in node.args[2:])
         operands = [arg for arg, tensor in zip(node.args[2:], tensors, strict=True) if tensor]
@@ -89,8 +89,8 @@ def unshield(gm: fx.GraphModule, shielded: list[Shielded]) -> int:
     """Put the shielded nodes back into the normalised graph; returns how many."""
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.regate_fx.opaque.default):
         operands, sizes, _, key = node.args
-        record = shielded[key]  # type: ignore[index]
-        tensors, integers = iter(operands), iter(sizes)  # type: ignore[arg-type]
+        record = shielded[key]
+        tensors, integers = iter(operands), iter(sizes)
         arguments = [next(tensors) if tensor else next(integers) for tensor in record.tensors]
         bodies = []
         with gm.graph.inserting_before(node):
@@ -98,7 +98,7 @@ def unshield(gm: fx.GraphModule, shielded: list[Shielded]) -> int:
                 attribute = f"function_{kind}_{key}"
                 setattr(gm, attribute, body)
                 bodies.append(gm.graph.get_attr(attribute))
-            apply = gm.graph.call_function(FUNCTION_APPLY, (*bodies, *arguments), record.kwargs)  # type: ignore[misc]
+            apply = gm.graph.call_function(FUNCTION_APPLY, (*bodies, *arguments), record.kwargs)
         apply.meta = dict(node.meta)
         if record.single:
             apply.meta["val"] = node.meta["val"][0]

@@ -177,7 +177,7 @@ def _sink(last: fx.Node, content: set[fx.Node], order: dict[fx.Node, int], analy
     after = sorted(_descendants(last) & content | {last}, key=order.__getitem__)
     for node in after:
         if analysis.kinds.get(node) is Kind.LOSS:
-            return node.args[0]  # type: ignore[return-value]
+            return node.args[0]
     states = [node for node in after if _carries_states(node, analysis)]
     return states[-1] if states else last
 

@@ -15,6 +15,7 @@ import enum
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -26,7 +27,7 @@ from regate_fx.passes.emit import Emitter
 from regate_fx.passes.plan_nodes import PlanNodes
 
 aten = torch.ops.aten
-Size = fx.Node | int
+Size: TypeAlias = fx.Node | int
 
 
 class Layout(enum.Enum):
@@ -211,7 +212,7 @@ class Layouts:
         for index, dim in enumerate(axes.dims):
             parts: Dim = dim if has_token(dim) else (1,)
             for factor in parts:
-                factors.append(factor if has_token(dim) else ("feature", index))  # type: ignore[arg-type]
+                factors.append(factor if has_token(dim) else ("feature", index))
                 sizes.append(
                     self.sizes[layout].of(factor) if has_token(dim) else self._emit.size(value, index)
                 )

@@ -127,9 +127,9 @@ def _form(node: fx.Node, forms: dict[fx.Node, Form], analysis: TokenAxes, plan: 
     op = Operands(node, analysis.axes, analysis.symbols)
     name = operator_name(node)
     if name in _KEEPS:
-        return forms.get(node.args[0])  # type: ignore[arg-type]
+        return forms.get(node.args[0])
     if name in _AND:
-        return _both(*(_as_sees(forms.get(arg)) for arg in node.args))  # type: ignore[arg-type]
+        return _both(*(_as_sees(forms.get(arg)) for arg in node.args))
     evaluate = _EVALUATE.get(name)
     return evaluate(op, forms) if evaluate is not None else None
 
@@ -149,7 +149,7 @@ def _both(a: Form, b: Form) -> Form:
 def _arange(op: Operands, forms: dict[fx.Node, Form]) -> Form:
     axes = op._axes.get(op.node)
     if isinstance(axes, Axes) and axes.meaning is Meaning.ARANGE and axes.dims[0] in ((Token.B,), (Token.S,)):
-        return Index(axes.dims[0][0], -1)  # type: ignore[arg-type]
+        return Index(axes.dims[0][0], -1)
     return None
 
 

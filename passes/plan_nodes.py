@@ -49,9 +49,8 @@ class FindPlan:
         for anchor in anchors:
             for user in anchor.users:
                 assert user.target is operator.getitem
-                slots[user.args[1]].append(user)  # type: ignore[index]
-        *tensors, attention_mask, labels = anchors[0].args
-        row_of = tensors[1]
+                slots[user.args[1]].append(user)
+        rows, row_of, cu_seqlens, slot_rows, row_slots, attention_mask, labels = anchors[0].args
         assert isinstance(row_of, fx.Node)
         batch, length = (size_expr(size) for size in fake(row_of).shape)
         if length.is_Integer:
@@ -63,5 +62,7 @@ class FindPlan:
                 "static-batch", f"the batch size is the constant {batch} in the captured graph", row_of
             )
         ctx.findings["symbols"] = TokenSymbols(batch, length)
-        ctx.findings["plan"] = PlanNodes(*tensors, attention_mask, labels, *map(tuple, slots))  # type: ignore[arg-type]
+        ctx.findings["plan"] = PlanNodes(
+            rows, row_of, cu_seqlens, slot_rows, row_slots, attention_mask, labels, *map(tuple, slots)
+        )
         return PassResult(gm, 0)

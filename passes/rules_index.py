@@ -118,7 +118,7 @@ def _counts(op: Operands) -> Verdict:
 
 @rule("transformers.grouped_mm_fallback", "aten._grouped_mm")
 def _grouped(op: Operands) -> Verdict:
-    names = [argument.name for argument in op.node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [argument.name for argument in op.node.target._schema.arguments]
     rows, weight, offsets = op.axes(names[0]), op.axes(names[1]), op.axes(names[2])
     factor = rows.dims[0][0] if rows.dims[0] else None
     if weight.has_tokens or weight.aggregate or len(rows) != 2 or not isinstance(factor, Sorted):

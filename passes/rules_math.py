@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from regate_fx.passes.axes import Axes, Dim, Token, has_token, merge
 from regate_fx.passes.base import fake, operator_name
@@ -92,7 +93,7 @@ def _softmax(op: Operands) -> Verdict:
 @rule("aten.cumprod", "aten.logcumsumexp", "aten.flip", "aten.roll", "aten.glu")
 def _along_features(op: Operands) -> Verdict:
     axes = op.axes("self")
-    dims = op._arguments.get("dim", op._arguments.get("dims"))
+    dims: Any = op._arguments.get("dim", op._arguments.get("dims"))
     listed = [op.dim(dim, axes) for dim in ([dims] if isinstance(dims, int) else dims)]
     if not listed or any(has_token(axes.dims[dim]) for dim in listed):
         raise op.refuse("mixes-tokens", "runs along token positions")

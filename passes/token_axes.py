@@ -6,6 +6,7 @@ but no gated layer may contain it.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field, replace
 
 import sympy
@@ -65,10 +66,8 @@ def _analyse(node: fx.Node, analysis: TokenAxes) -> None:
     except Refused as refused:
         refused.node = refused.node or node
         analysis.unproven[node] = refused
-        try:
+        with contextlib.suppress(Refused):
             analysis.axes[node] = _axes_by_size(value, analysis.symbols)
-        except Refused:
-            pass
         return
     analysis.axes[node] = verdict.axes
     analysis.kinds[node] = verdict.kind
@@ -159,9 +158,9 @@ def _on_cut(operands: Operands, name: str) -> Verdict:
 
 def _check_sizes(node: fx.Node, verdict: Verdict, symbols: TokenSymbols) -> None:
     """The axes must multiply to the sizes the capture recorded: a rule that is wrong must not pass."""
-    several = isinstance(verdict.axes, tuple)
-    values = fake(node) if several else (fake(node),)
-    for axes, value in zip(verdict.axes if several else (verdict.axes,), values, strict=True):  # type: ignore[arg-type]
+    several = verdict.axes if isinstance(verdict.axes, tuple) else (verdict.axes,)
+    values = fake(node) if isinstance(verdict.axes, tuple) else (fake(node),)
+    for axes, value in zip(several, values, strict=True):
         if not isinstance(value, torch.Tensor):
             continue
         sizes = [symbols.size(dim) for dim in axes.dims]

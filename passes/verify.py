@@ -30,7 +30,7 @@ def verify(gm: fx.GraphModule, placeholders: int, functional: bool) -> str | Non
 
 
 def _check_function(node: fx.Node) -> str | None:
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = node.target._schema
     if schema.is_mutable and not _is_write_back(node):
         return f"{node.name} writes to a value in place"
     if schema.returns and not schema.is_mutable and "val" not in node.meta:

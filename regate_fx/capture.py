@@ -12,7 +12,7 @@ import logging
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,9 @@ class GatedEngine:
         """
         names = frozenset(inputs)
         if names not in self._runs:
-            self._runs[names] = torch.compile(_own_code(_traced), backend=self._backend)
+            self._runs[names] = torch.compile(
+                _own_code(cast(types.FunctionType, _traced)), backend=self._backend
+            )
         return self._runs[names]
 
     @functools.cached_property

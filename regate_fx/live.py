@@ -55,7 +55,7 @@ class LivePlan:
 
     @contextlib.contextmanager
     def anchored(self, model: nn.Module, everywhere: bool) -> Iterator[None]:
-        """While active, and if `everywhere`: anchor again wherever hidden states enter a stack of layers or the head."""
+        """While active, and if `everywhere`: anchor again where hidden states enter a stack of layers or the head."""
         handles = []
         if everywhere:
             handles = [

@@ -39,7 +39,10 @@ def summarise(captures: Captures, runs: Sequence[PipelineRun], batch: BatchToken
         _add(report, run, graph_costs(run, batch) if batch is not None else GraphCosts())
     refused = [reason.refusal() for reason in captures.refusals if reason.code != "no-attention"]
     if not report.layers:
-        refused += [_NO_ATTENTION, *(reason for run in runs for reason in _unproven(run))]
+        refused.append(_NO_ATTENTION)
+    unproven = [reason for run in runs for reason in _unproven(run)]
+    # Where there are layers, each has its own reason; a loss that stays dense has none but this.
+    refused += [reason for reason in unproven if not report.layers or reason.code == "loss"]
     report.refusals = list(dict.fromkeys(refused))
     return report
 

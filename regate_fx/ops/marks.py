@@ -21,9 +21,9 @@ def anchor(
 ) -> tuple[Tensor, Tensor]:
     """Bring the token plan into the graph and stand for its two extra outputs.
 
-    Takes the tensors of `regate_fx.plan.TokenPlan`, the padding mask [B, S] it was made with and the labels [B, S]; returns placeholders for the token
-    losses, float32 [B, S], and the counted labels, bool [B, S]. A graph in which the passes found no loss runs this
-    body: NaN says that nothing was written.
+    Takes the tensors of `regate_fx.plan.TokenPlan`, the padding mask [B, S] it was made with and the labels [B, S];
+    returns placeholders for the token losses, float32 [B, S], and the counted labels, bool [B, S]. A graph in which
+    the passes found no loss runs this body: NaN says that nothing was written.
     """
     return row_of.new_full(row_of.shape, float("nan"), dtype=torch.float32), torch.zeros_like(
         row_of, dtype=torch.bool

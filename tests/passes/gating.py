@@ -36,7 +36,9 @@ def assert_same_step(seen: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
     torch.testing.assert_close(seen[0], wanted[0], rtol=2e-5, atol=1e-6)
     assert seen[1].keys() == wanted[1].keys()
     for name, grad in wanted[1].items():
-        torch.testing.assert_close(seen[1][name], grad, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            seen[1][name], grad, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def assert_all_active_is_eager(gated: Any, model: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -61,7 +63,9 @@ def assert_is_key_masked(gated: Any, model: nn.Module, inputs: dict[str, Tensor]
 
 def assert_elided_ids_do_not_matter(gated: Any, inputs: dict[str, Tensor], token_mask: Tensor) -> None:
     """Not by a bit."""
-    other = dict(inputs, input_ids=torch.where(token_mask, inputs["input_ids"], (inputs["input_ids"] + 5) % V))
+    other = dict(
+        inputs, input_ids=torch.where(token_mask, inputs["input_ids"], (inputs["input_ids"] + 5) % V)
+    )
     with torch.no_grad():
         before, after = (gated(**given, token_mask=token_mask) for given in (inputs, other))
     assert torch.equal(before.token_loss, after.token_loss)

@@ -70,7 +70,9 @@ def causal_mask(attention_mask: Tensor | None, S: int) -> Tensor | None:
 
 def shifted_labels(logits: Tensor, labels: Tensor) -> Tensor:
     """Row t with label t + 1: the labels are moved, the last row has none."""
-    return F.cross_entropy(logits.reshape(-1, V), F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous().view(-1))
+    return F.cross_entropy(
+        logits.reshape(-1, V), F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous().view(-1)
+    )
 
 
 def shifted_logits(logits: Tensor, labels: Tensor) -> Tensor:

@@ -86,9 +86,11 @@ def test_nested_no_grad_detaches_only_where_a_gradient_would_flow() -> None:
     run = run_until("open_brackets", Nested(), IDS)
     detached = [
         node.args[0].target
-        for node in run.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default)
+        for node in run.graph_module.graph.find_nodes(
+            op="call_function", target=torch.ops.aten.detach.default
+        )
     ]
     assert detached == [torch.ops.aten.linear.default]
-    first, second = run.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    _, second = run.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     users = {user.target for user in second.users}
     assert users == {torch.ops.aten.mul.Tensor}

@@ -30,7 +30,9 @@ def test_masks_and_dense_index_arithmetic_are_gone() -> None:
     assert new["regate_fx.anchor"] == 0
     assert new["aten.__and__"] == 0
     for node in after.graph_module.graph.nodes:
-        kept = node.users or node.op in ("placeholder", "output") or node.target is torch.ops.aten.copy_.default
+        kept = (
+            node.users or node.op in ("placeholder", "output") or node.target is torch.ops.aten.copy_.default
+        )
         assert kept
 
 

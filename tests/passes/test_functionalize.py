@@ -112,7 +112,9 @@ def test_in_place_writes_become_values(name: str, ids: dict[str, Tensor]) -> Non
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_before_normalisation_a_write_is_a_dependence_without_an_edge(name: str, ids: dict[str, Tensor]) -> None:
+def test_before_normalisation_a_write_is_a_dependence_without_an_edge(
+    name: str, ids: dict[str, Tensor]
+) -> None:
     """Why all analysis waits for this pass: what is written is no input of what is returned."""
     module = Small(IN_PLACE[name])
     raw = capture(module, ids).graph_module
@@ -229,13 +231,16 @@ AUTOCAST = (wide_inside, narrow_inside, rounded_after_wide, widened_after_narrow
 
 @pytest.mark.parametrize("ambient", [True, False], ids=["ambient", "no ambient"])
 @pytest.mark.parametrize("body", AUTOCAST, ids=lambda body: body.__name__)
-def test_autocast_keeps_its_dtypes(body: Callable[..., Tensor], ambient: bool, ids: dict[str, Tensor]) -> None:
+def test_autocast_keeps_its_dtypes(
+    body: Callable[..., Tensor], ambient: bool, ids: dict[str, Tensor]
+) -> None:
     """A body that would lose a cast may be refused; it may not run at another precision."""
     with torch.autocast("cpu", torch.bfloat16, enabled=ambient):
         try:
             assert_as_eager(Small(body), ids)
         except Refused as refused:
-            assert "autocast" in str(refused)
+            reason = str(refused)
+            assert "autocast" in reason
             assert body in (rounded_after_wide, widened_after_narrow, widened_in_narrow, narrow_inside)
 
 
@@ -339,7 +344,8 @@ def test_a_write_under_no_grad_keeps_the_gradient_or_is_refused(ids: dict[str, T
     try:
         run_until("open_brackets", Small(clamped_in_place), ids)
     except Refused as refused:
-        assert "no_grad" in str(refused)
+        reason = str(refused)
+        assert "no_grad" in reason
         return
     assert_as_eager(Small(clamped_in_place), ids)
 
@@ -356,7 +362,7 @@ def test_an_unknown_higher_order_operator_is_refused_by_name(ids: dict[str, Tens
 
 def test_a_batched_transform_is_refused_by_name(ids: dict[str, Tensor]) -> None:
     body = lambda w, x: torch.vmap(lambda row: row.cumsum(0))(x)  # noqa: E731
-    with pytest.raises((Refused, PassFailed), match="functorch|vmap"):
+    with pytest.raises((Refused, PassFailed), match=r"functorch|vmap"):
         run_until("functionalize", Small(body), ids)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -42,7 +41,9 @@ def _derivative(ctx: Any, grad: Tensor) -> Tensor:
     return grad * (1 - ctx.saved_tensors[0].tanh() ** 2)
 
 
-counted_tanh.register_autograd(_derivative, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+counted_tanh.register_autograd(
+    _derivative, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
 
 
 class Checkpointed(nn.Module):
@@ -69,9 +70,9 @@ def ids() -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def counter() -> Iterator[dict[str, int]]:
+def counter() -> dict[str, int]:
     CALLS["forward"] = 0
-    yield CALLS
+    return CALLS
 
 
 def test_bodies_become_part_of_the_graph_and_keep_their_tags(ids: dict[str, Tensor]) -> None:
@@ -105,7 +106,11 @@ def test_two_bodies_are_two_regions(ids: dict[str, Tensor]) -> None:
 
 
 def test_a_graph_without_checkpoints_is_left_alone(ids: dict[str, Tensor]) -> None:
-    run = run_on(nn.Sequential(nn.Embedding(11, D), nn.Linear(D, D)), {"input": ids["input_ids"]}, (InlineCheckpoints(),))
+    run = run_on(
+        nn.Sequential(nn.Embedding(11, D), nn.Linear(D, D)),
+        {"input": ids["input_ids"]},
+        (InlineCheckpoints(),),
+    )
     assert run.rewrites["inline_checkpoints"] == 0
 
 
@@ -140,7 +145,10 @@ def test_gated_layers_keep_the_tags() -> None:
     run = run_until("elide_tokens", _Function(lambda **given: model(**given).loss), batch(), some_active())
 
     tagged = [node for node in run.graph_module.graph.nodes if "recompute" in node.meta]
-    assert {str(node.target) for node in tagged} >= {"regate_fx.varlen_attention.default", "aten.gelu.default"}
+    assert {str(node.target) for node in tagged} >= {
+        "regate_fx.varlen_attention.default",
+        "aten.gelu.default",
+    }
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -48,12 +48,14 @@ def test_every_pass_names_only_passes_that_come_before_it() -> None:
 
 
 def test_a_missing_prerequisite_is_named() -> None:
-    with pytest.raises(PassFailed, match="'token_axes' failed after \\[inline_checkpoints\\]: it needs find_plan"):
+    with pytest.raises(
+        PassFailed, match="'token_axes' failed after \\[inline_checkpoints\\]: it needs find_plan"
+    ):
         run_on(decoder(), batch(), (InlineCheckpoints(), AnalyseTokenAxes()))
 
 
 def test_a_failing_pass_is_named_with_those_before_it() -> None:
-    with pytest.raises(PassFailed, match="'does' failed after .*KeyError") as caught:
+    with pytest.raises(PassFailed, match=r"'does' failed after .*KeyError") as caught:
         run_on(decoder(), batch(), (*NORMALISE, Does(fail)))
     assert caught.value.name == "does"
     assert caught.value.before == ("inline_checkpoints", "functionalize", "open_brackets")
@@ -71,7 +73,7 @@ def test_a_broken_graph_is_blamed_on_the_pass_that_broke_it() -> None:
         (node, *_) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
         del node.meta["val"]
 
-    with pytest.raises(PassFailed, match="'does' failed after .*: linear has no fake value"):
+    with pytest.raises(PassFailed, match=r"'does' failed after .*: linear has no fake value"):
         run_on(decoder(), batch(), (*NORMALISE, Does(forget)))
 
 

@@ -165,7 +165,9 @@ def test_dense_layers_among_gated_ones_compute_what_eager_does() -> None:
 
 
 @pytest.mark.parametrize("mixing", [Mixes, MixesOnceMore])
-def test_a_dense_layer_sees_the_states_that_elided_positions_had_before_the_gated_ones(mixing: type[Block]) -> None:
+def test_a_dense_layer_sees_the_states_that_elided_positions_had_before_the_gated_ones(
+    mixing: type[Block],
+) -> None:
     """Against the meaning written out by hand: `h'[b, s] = h[b, s]` at elided positions, as a constant."""
     torch.manual_seed(1)
     first, second = Block(), mixing()

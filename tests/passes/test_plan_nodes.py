@@ -35,7 +35,9 @@ def test_the_plan_and_the_symbols_are_found() -> None:
     plan: PlanNodes = run.context.findings["plan"]
     symbols = run.context.findings["symbols"]
     assert run.rewrites["find_plan"] == 0
-    shapes = [tuple(node.meta["val"].shape) for node in (plan.rows, plan.row_of, plan.slot_rows, plan.row_slots)]
+    shapes = [
+        tuple(node.meta["val"].shape) for node in (plan.rows, plan.row_of, plan.slot_rows, plan.row_slots)
+    ]
     assert [len(shape) for shape in shapes] == [1, 2, 2, 1]
     assert [size.node.expr for size in plan.row_of.meta["val"].shape] == [symbols.batch, symbols.length]
     assert symbols.batch.is_Symbol

@@ -70,7 +70,7 @@ def labelled() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", PAIRED)
 def test_the_pairing_is_that_of_the_model(name: str) -> None:
-    """token_loss, counted and loss by the definition: label t belongs to row t - shift, counted where that is active."""
+    """token_loss, counted and loss by definition: label t belongs to row t - shift, counted where that is active."""
     code, shift = PAIRED[name]
     model = decoder(loss=code)
     gated = gate(model)
@@ -205,7 +205,7 @@ REFUSED: list[tuple[LossCode, str]] = [
     (reordered, "unknown way|changes the labels"),
     (class_first, r"not \[tokens, vocabulary\]"),
     (added_up, "several cross-entropy losses"),
-    (from_something_else, "something else than `labels`"),
+    (from_something_else, "something else than `labels`|over all positions"),
     (by_hand, "not a cross entropy"),
 ]
 

@@ -6,7 +6,7 @@ captured in one graph and analysed there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -183,7 +183,11 @@ REFUSED: dict[str, tuple[Entry, str, str]] = {
         "aten.matmul",
     ),
     "product of all tokens": (lambda w, x: x.view(-1, D) @ x.view(-1, D).T, "mixes-tokens", "aten.m"),
-    "cross-sample attention": (lambda w, x: cross_sample(x), "attention", "aten.scaled_dot_product_attention"),
+    "cross-sample attention": (
+        lambda w, x: cross_sample(x),
+        "attention",
+        "aten.scaled_dot_product_attention",
+    ),
     "attention over all samples' tokens": (
         lambda w, x: flat_attention(x),
         "attention",
@@ -282,10 +286,10 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 @pytest.fixture(scope="module", params=[2, 1], ids=["B=2", "B=1"])
-def proven(request: pytest.FixtureRequest) -> Iterator[tuple[int, TokenAxes, dict[str, fx.Node]]]:
+def proven(request: pytest.FixtureRequest) -> tuple[int, TokenAxes, dict[str, fx.Node]]:
     table = {**ROWS, **PAIRS}
     analysis, nodes, _ = analyse([entry for entry, _ in table.values()], request.param)
-    yield request.param, analysis, dict(zip(table, nodes, strict=True))
+    return request.param, analysis, dict(zip(table, nodes, strict=True))
 
 
 @pytest.mark.parametrize("name", [*ROWS, *PAIRS])

@@ -1,0 +1,352 @@
+"""Decoders whose layers do all sorts of things to their tokens: a gated result is right, or the layer is not gated.
+
+Each entry adds `extra(block, x, mask)` to the residual stream of every layer; x [B, S, D].
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gating import (
+    assert_all_active_is_eager,
+    assert_elided_ids_do_not_matter,
+    assert_is_key_masked,
+    gate,
+)
+from small_decoder import Block, D, Decoder, H, V, batch, causal_mask, decoder, hide, some_active
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutput
+
+from regate_fx.errors import NotGateable
+
+Extra = Callable[[Block, Tensor, Any], Tensor]
+
+
+def sequence_first(b: Block, x: Tensor, m: Any) -> Tensor:
+    y = x.transpose(0, 1).reshape(-1, D)
+    return F.gelu(y @ b.weight).view(x.shape[1], x.shape[0], D).transpose(0, 1)
+
+
+def sequence_first_attention(b: Block, x: Tensor, m: Any) -> Tensor:
+    """[S, B, D] states and heads folded into the batch, as older models have it."""
+    B, S = x.shape[:2]
+    q, k, v = (p(x.transpose(0, 1)).reshape(S, B * H, D // H).transpose(0, 1) for p in (b.q, b.k, b.v))
+    weights = hide((q @ k.mT).view(B, H, S, S), m).softmax(-1).view(B * H, S, S)
+    return (weights @ v).transpose(0, 1).reshape(S, B, D).transpose(0, 1)
+
+
+def row_numbers(b: Block, x: Tensor, m: Any) -> Tensor:
+    numbers = torch.arange(x.shape[0] * x.shape[1])
+    return (x.reshape(-1, D) * numbers[:, None] / 10).view(x.shape)
+
+
+def embedded_row_numbers(b: Block, x: Tensor, m: Any) -> Tensor:
+    return x * F.embedding(torch.arange(x.shape[0] * x.shape[1]), b.table).view(x.shape)
+
+
+def looked_up_row_numbers(b: Block, x: Tensor, m: Any) -> Tensor:
+    return x * b.table[torch.arange(x.shape[0] * x.shape[1])].view(x.shape)
+
+
+def alibi(b: Block, x: Tensor, m: Any) -> Tensor:
+    i = torch.arange(x.shape[1])
+    return hide(x @ x.mT - 0.3 * (i[:, None] - i).abs(), m).softmax(-1) @ x
+
+
+def relative_bias(b: Block, x: Tensor, m: Any) -> Tensor:
+    i = torch.arange(x.shape[1])
+    bias = F.embedding((i[:, None] - i).clamp(-5, 5) + 5, b.table)[..., 0]
+    return hide(x @ x.mT + bias, m).softmax(-1) @ x
+
+
+def in_place_mask(b: Block, x: Tensor, m: Any) -> Tensor:
+    scores = hide(x @ b.weight @ x.mT, m)
+    scores.masked_fill_(scores > 3, 3.0)
+    return scores.softmax(-1) @ x
+
+
+def token_pair_condition(b: Block, x: Tensor, m: Any) -> Tensor:
+    larger = x[:, :, None, 0] > x[:, None, :, 0]
+    return hide(torch.where(larger, x @ x.mT, 0.0), m).softmax(-1) @ x
+
+
+def distances(b: Block, x: Tensor, m: Any) -> Tensor:
+    return hide(-(x[:, :, None] - x[:, None]).pow(2).sum(-1), m).softmax(-1) @ x
+
+
+def without_softmax(b: Block, x: Tensor, m: Any) -> Tensor:
+    return hide(x @ x.mT, m).sigmoid() @ x
+
+
+def by_logsumexp(b: Block, x: Tensor, m: Any) -> Tensor:
+    scores = hide(x @ x.mT, m)
+    return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ x
+
+
+def by_amax(b: Block, x: Tensor, m: Any) -> Tensor:
+    scores = hide(x @ x.mT, m)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (weights / weights.sum(-1, keepdim=True)) @ x
+
+
+def with_sink(b: Block, x: Tensor, m: Any) -> Tensor:
+    """The sum over keys meets rows again before it divides pairs."""
+    weights = hide(0.1 * x @ x.mT, m).exp()
+    return (weights / (weights.sum(-1, keepdim=True) + b.scale[0].exp())) @ x
+
+
+def by_einsum(b: Block, x: Tensor, m: Any) -> Tensor:
+    scores = hide(torch.einsum("bqd,bkd->bqk", x, x), m)
+    return torch.einsum("bqk,bkd->bqd", scores.softmax(-1), x)
+
+
+def table_as_keys(b: Block, x: Tensor, m: Any) -> Tensor:
+    """Scores against a learned row per key position."""
+    return hide(x @ b.table[: x.shape[1]].T, m).softmax(-1) @ x
+
+
+def cut_table_as_keys(b: Block, x: Tensor, m: Any) -> Tensor:
+    """The same, cut after the product: column j of the features is key position j."""
+    return hide(F.linear(x, b.table)[..., : x.shape[1]], m).softmax(-1) @ x
+
+
+def heads_attend(b: Block, x: Tensor, m: Any) -> Tensor:
+    y = x.view(*x.shape[:2], H, -1)
+    return F.scaled_dot_product_attention(y, y, y).flatten(2)
+
+
+def per_sample(b: Block, x: Tensor, m: Any) -> Tensor:
+    return x * (torch.arange(x.shape[0]) + 1.0)[:, None, None]
+
+
+def repeated_tokens(b: Block, x: Tensor, m: Any) -> Tensor:
+    return x.repeat_interleave(2, 1).view(*x.shape[:2], 2, D).sum(2)
+
+
+def half_tokens(b: Block, x: Tensor, m: Any) -> Tensor:
+    return (x.view(x.shape[0], -1, D // 2) @ b.weight[:4, :4]).view(x.shape)
+
+
+def residual_scores(b: Block, x: Tensor, m: Any) -> Tensor:
+    scores = hide(x @ x.mT, m)
+    again = hide(x @ b.weight @ x.mT + scores, m)
+    return scores.softmax(-1) @ x + again.softmax(-1) @ x
+
+
+GATED: tuple[Extra, ...] = (
+    sequence_first, sequence_first_attention, row_numbers, alibi, relative_bias, in_place_mask, token_pair_condition,
+    distances, without_softmax, by_logsumexp, by_amax, with_sink, by_einsum, table_as_keys, heads_attend, per_sample,
+    repeated_tokens, half_tokens, residual_scores,
+)  # fmt: skip
+EITHER: tuple[Extra, ...] = (embedded_row_numbers, looked_up_row_numbers, cut_table_as_keys)
+
+
+@pytest.mark.parametrize("extra", GATED, ids=lambda extra: extra.__name__)
+def test_what_is_gated_is_right(extra: Extra) -> None:
+    model = decoder(extra)
+    gated = gate(model)
+    inputs, active = batch(3), some_active(3)
+    assert_is_key_masked(gated, model, inputs, active)
+    assert_elided_ids_do_not_matter(gated, inputs, active)
+    assert_all_active_is_eager(gated, model, inputs)
+    assert {layer.kind for layer in gated.report.layers} <= {"varlen", "compact"}
+
+
+@pytest.mark.parametrize("extra", EITHER, ids=lambda extra: extra.__name__)
+def test_what_looks_like_tokens_and_is_not_is_right_or_refused(extra: Extra) -> None:
+    model = decoder(extra)
+    gated = gate(model)
+    try:
+        assert_all_active_is_eager(gated, model, batch(3))
+    except NotGateable:
+        return
+    if all(layer.kind != "dense" for layer in gated.report.layers):
+        assert_is_key_masked(gated, model, batch(3), some_active(3))
+
+
+def convolution(b: Block, x: Tensor, m: Any) -> Tensor:
+    return F.conv1d(F.pad(x.mT, (2, 0)), b.table[:24, :1].reshape(D, 1, 3), groups=D).mT
+
+
+def running_sum(b: Block, x: Tensor, m: Any) -> Tensor:
+    return x.cumsum(1)
+
+
+def token_shift(b: Block, x: Tensor, m: Any) -> Tensor:
+    return F.pad(x, (0, 0, 1, -1))
+
+
+def pooled_per_sample(b: Block, x: Tensor, m: Any) -> Tensor:
+    return x - x.mean(1, keepdim=True)
+
+
+def pooled_over_all(b: Block, x: Tensor, m: Any) -> Tensor:
+    return x + x.mean((0, 1)) @ b.weight
+
+
+def pooled_bias(b: Block, x: Tensor, m: Any) -> Tensor:
+    return F.linear(x, b.weight, x.mean((0, 1)))
+
+
+def batch_statistics(b: Block, x: Tensor, m: Any) -> Tensor:
+    return F.batch_norm(x.reshape(-1, D), None, None, training=True).view(x.shape)
+
+
+def softmax_over_positions(b: Block, x: Tensor, m: Any) -> Tensor:
+    return x.softmax(1)
+
+
+def pooled_temperature(b: Block, x: Tensor, m: Any) -> Tensor:
+    return hide((x @ x.mT) * x.sum((1, 2), keepdim=True), m).softmax(-1) @ x
+
+
+def sum_of_others(b: Block, x: Tensor, m: Any) -> Tensor:
+    return torch.einsum("bsd,btd->bsd", x, x)
+
+
+def linear_attention(b: Block, x: Tensor, m: Any) -> Tensor:
+    state = torch.einsum("bsd,bse->bde", x.relu(), x)
+    return torch.einsum("bsd,bde->bse", x.relu(), state)
+
+
+def other_samples(b: Block, x: Tensor, m: Any) -> Tensor:
+    y = x.transpose(0, 1)
+    return F.scaled_dot_product_attention(y, y, y).transpose(0, 1)
+
+
+def regrouped(b: Block, x: Tensor, m: Any) -> Tensor:
+    return x.transpose(0, 1).reshape(x.shape)
+
+
+def chosen_rows(b: Block, x: Tensor, m: Any) -> Tensor:
+    y = x * 1
+    y[x[..., 0] > 0] = 0.5
+    return y
+
+
+def deviation_over_keys(b: Block, x: Tensor, m: Any) -> Tensor:
+    scores = x @ x.mT
+    return hide(scores / scores.std(-1, keepdim=True), m).softmax(-1) @ x
+
+
+def softmax_over_queries(b: Block, x: Tensor, m: Any) -> Tensor:
+    return hide(x @ x.mT, m).softmax(-2) @ x
+
+
+def spatial_gate(b: Block, x: Tensor, m: Any) -> Tensor:
+    return x * (b.table[: x.shape[1]] @ b.table[: x.shape[1]].T @ x)
+
+
+MIXING: dict[Extra, str] = {
+    convolution: "aten.conv1d|aten.pad",
+    running_sum: "aten.cumsum",
+    token_shift: "pad",
+    pooled_per_sample: "aten.mean",
+    pooled_over_all: "summed over tokens|a sum over",
+    pooled_bias: "summed over tokens|a sum over",
+    batch_statistics: "batch_norm",
+    softmax_over_positions: "aten.softmax",
+    pooled_temperature: "aten.sum",
+    sum_of_others: "aten.einsum",
+    linear_attention: "aten.einsum",
+    other_samples: "attends over something else",
+    regrouped: "regroups",
+    chosen_rows: "aten.index",
+    deviation_over_keys: "aten.std",
+    softmax_over_queries: "aten.softmax",
+    spatial_gate: "aten.matmul",
+}
+
+
+@pytest.mark.parametrize("extra", MIXING, ids=lambda extra: extra.__name__)
+def test_what_mixes_tokens_is_never_gated(extra: Extra) -> None:
+    """The layer that mixes is dense and says why, or nothing is gated; all positions active is eager in any case."""
+    model = decoder(extra)
+    gated = gate(model)
+    try:
+        assert_all_active_is_eager(gated, model, batch(3))
+    except NotGateable as refused:
+        reason = str(refused)
+        assert re.search(MIXING[extra], reason)
+        return
+    dense = [layer.reason for layer in gated.report.layers if layer.kind == "dense"]
+    assert dense
+    assert all(re.search(MIXING[extra], reason) for reason in dense)
+
+
+class CrossAttends(Decoder):
+    """Besides its own tokens, a layer attends over a memory [B, K, D] that the caller gives."""
+
+    def forward(
+        self, input_ids: Tensor, memory: Tensor, labels: Tensor | None = None, attention_mask: Any = None
+    ) -> Any:
+        S = input_ids.shape[1]
+        mask = causal_mask(attention_mask, S)
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x, mask)
+            x = x + F.scaled_dot_product_attention(layer.norm(x), memory, memory)
+        logits = self.head(self.final_norm(x))
+        return CausalLMOutput(loss=None if labels is None else self.loss(logits, labels), logits=logits)
+
+
+@pytest.mark.parametrize("B", [1, 2])
+def test_a_memory_as_long_as_the_sequence_is_not_taken_for_it(B: int) -> None:
+    """Sizes that happen to be equal are no proof of being the same axis, nor are symbols that Dynamo lets coincide."""
+    torch.manual_seed(0)
+    model = CrossAttends([Block(), Block()])
+    gated = gate(model)
+    for K in (5, 6, 7, 7, 4):
+        memory = torch.randn(B, K, D)
+        if B > 1:
+            torch._dynamo.mark_dynamic(memory, 0)
+        assert_all_active_is_eager(gated, model, {**batch(B, 7, seed=K), "memory": memory})
+        assert gated.report.layers[0].kind == "dense"
+        assert "attends over something else" in gated.report.layers[0].reason
+
+
+class IdsAsMemory(CrossAttends):
+    """The memory is given as ids [B, K], which look like one more input over positions."""
+
+    def forward(
+        self, input_ids: Tensor, prompt: Tensor, labels: Tensor | None = None, attention_mask: Any = None
+    ) -> Any:
+        return super().forward(input_ids, self.embedding(prompt), labels, attention_mask)
+
+
+@pytest.mark.parametrize("lengths", [(7, 7), (4, 6), (5, 7), (7, 5)])
+def test_other_ids_as_long_as_the_sequence_are_not_taken_for_it(lengths: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model = IdsAsMemory([Block(), Block()])
+    gated = gate(model)
+    for K in lengths:
+        inputs = {**batch(2, 7, seed=K), "prompt": torch.randint(V, (2, K))}
+        try:
+            assert_all_active_is_eager(gated, model, inputs)
+        except NotGateable as refused:
+            reason = str(refused)
+            assert "batch size is the constant" in reason
+            continue
+        assert gated.report.layers[0].kind == "dense"
+
+
+@pytest.mark.parametrize("S", [H, D, D // H, V])
+def test_a_sequence_as_long_as_a_feature_axis(S: int) -> None:
+    model = decoder(sequence_first_attention)
+    active = torch.rand(H, S) < 0.5
+    active[:, 0] = True
+    active[0, 1] = False
+    gated = gate(model)
+    assert_is_key_masked(gated, model, batch(H, S), active)
+
+
+def test_a_batch_as_large_as_the_sequence_is_long() -> None:
+    model = decoder(alibi)
+    gated = gate(model)
+    for size in (5, 6):
+        assert_is_key_masked(gated, model, batch(size, size), some_active(size, size))

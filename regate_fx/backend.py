@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 
+from regate_fx.errors import PassFailed
 from regate_fx.passes.base import Pass, PassContext, Refused
 from regate_fx.passes.pipeline import PIPELINE, PipelineRun, run_passes
 from regate_fx.passes.plan_nodes import ANCHOR
@@ -18,11 +19,15 @@ Compiled = Callable[..., Any]
 
 @dataclass
 class Captures:
-    """The graphs of one model as Dynamo handed them over: rewritten ones, and refusals of the others."""
+    """The graphs of one model as Dynamo handed them over: rewritten ones, and refusals of the others.
+
+    ran: the rewritten graphs that ran since it was last emptied.
+    """
 
     runs: list[PipelineRun] = field(default_factory=list)
     refusals: list[Refused] = field(default_factory=list)
     graphs: int = 0
+    ran: list[PipelineRun] = field(default_factory=list)
 
 
 @dataclass
@@ -39,19 +44,31 @@ class GatingBackend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         self.captures.graphs += 1
-        return self._compiler()(self._rewrite(gm), example_inputs)
+        run = self._rewrite(gm)
+        if run is None:
+            return self._compiler()(gm, example_inputs)
+        compiled = self._compiler()(run.graph_module, example_inputs)
+        ran = self.captures.ran
 
-    def _rewrite(self, gm: fx.GraphModule) -> fx.GraphModule:
+        def noted(*args: Any) -> Any:
+            ran.append(run)
+            return compiled(*args)
+
+        return noted
+
+    def _rewrite(self, gm: fx.GraphModule) -> PipelineRun | None:
         if not _has_anchor(gm):
-            return gm
-        working = _copy(gm)
+            return None
         try:
-            run = run_passes(working, PassContext(), self.passes)
+            run = run_passes(_copy(gm), PassContext(), self.passes)
         except Refused as refused:
             self.captures.refusals.append(refused)
-            return gm
+            return None
+        except PassFailed as failed:
+            self.captures.refusals.append(Refused("pass-failed", str(failed)))
+            return None
         self.captures.runs.append(run)
-        return run.graph_module
+        return run
 
     def _compiler(self) -> Compiled:
         return lookup_backend(self.compiler) if isinstance(self.compiler, str) else self.compiler

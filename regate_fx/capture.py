@@ -16,11 +16,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed, UserError
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, UserError
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from regate_fx.backend import Captures, GatingBackend
-from regate_fx.errors import LayerRefusal, NotGateable
+from regate_fx.errors import LayerRefusal, NotGateable, Unsupported
 from regate_fx.inputs import own_signature
 from regate_fx.live import LivePlan
 from regate_fx.outputs import GatedOutput
@@ -127,7 +127,6 @@ class GatedEngine:
         """
         trains = torch.is_grad_enabled() and inputs.get("labels") is not None
         if self.options.validate and self.validation is None and trains:
-            self.validation = "running"
             self.validation = self._validate(inputs)
         return self._gated(plan, inputs)
 
@@ -167,6 +166,7 @@ class GatedEngine:
         labelled = inputs.get("labels") is not None
         wants_logits = self.options.keep_logits or not labelled
         self._live.enter(plan, inputs)
+        captures.ran.clear()
         padding = self._live.attention_mask
         with _capture_config(self._whole), self._live.anchored(self.model, not self._whole):
             try:
@@ -175,9 +175,12 @@ class GatedEngine:
                 )
             except BackendCompilerFailed as error:
                 raise error.inner_exception from error
-        token_loss, counted = self._live.leave()
+            except FailOnRecompileLimitHit as error:
+                raise _too_many_traces() from error
+            finally:
+                token_loss, counted = self._live.leave()
+        self.check_captures(labelled, captures.refusals[seen[1] :])
         if captures.graphs != seen[0]:
-            self.check_captures(labelled, captures.refusals[seen[1] :])
             self._graphs = fuller(captures.runs[seen[2] :], self._graphs)
         self._last = plan, padding
         if not labelled:
@@ -189,22 +192,41 @@ class GatedEngine:
     def check_captures(self, labelled: bool, refused: list[Refused]) -> None:
         """Whether what was captured in this call is gated; a part that was refused must not pass unnoticed."""
         captures = self._backend.captures
-        report = summarise(captures, captures.runs)
         refusals = [refusal.refusal() for refusal in refused if refusal.code != "no-attention"]
         if refusals:
             raise NotGateable(refusals)
-        if not report.gated:
-            missing = LayerRefusal(
-                None, "no-graph", "the token plan reached no decoder layer that can be gated"
+        layers = [layer for run in captures.ran for layer in run.context.findings["layers"].layers]
+        if all(layer.refused is not None for layer in layers):
+            raise NotGateable(self._why_nothing_ran())
+        if len(layers) < self._live.depth:
+            reason = (
+                f"a graph break among the decoder layers hides {self._live.depth - len(layers)} of "
+                f"{self._live.depth} from the token plan"
             )
-            raise NotGateable([*report.refusals, *_of_layers(captures)] or [missing])
-        if labelled and not any(run.context.findings["loss"] for run in captures.runs):
+            raise NotGateable([LayerRefusal(None, "graph-break", reason)])
+        if labelled and not any(run.context.findings["loss"] for run in captures.ran):
             reason = "the loss is not a cross entropy over the decoder's tokens in one of the captured graphs"
-            raise NotGateable([LayerRefusal(None, "no-loss", reason), *report.refusals])
+            raise NotGateable([LayerRefusal(None, "no-loss", reason)])
+
+    def _why_nothing_ran(self) -> list[LayerRefusal]:
+        captures = self._backend.captures
+        known = [refusal.refusal() for refusal in captures.refusals if refusal.code != "no-attention"]
+        known += [refusal for run in captures.runs for refusal in run.refusals if refusal.layer is not None]
+        if known:
+            return known
+        if captures.graphs == 0:
+            reason = "nothing was captured: Dynamo is switched off, or set to run eagerly"
+            return [LayerRefusal(None, "no-capture", reason)]
+        reason = "the token plan reached no decoder layer that can be gated in a captured graph that ran"
+        return [LayerRefusal(None, "no-graph", reason)]
 
 
-def _of_layers(captures: Captures) -> list[LayerRefusal]:
-    return [refusal for run in captures.runs for refusal in run.refusals if refusal.layer is not None]
+def _too_many_traces() -> Unsupported:
+    return Unsupported(
+        f"a gated model with more than {_TRACE_LIMIT} traces",
+        "something beside batch size and sequence length changes from call to call.",
+        "TORCH_LOGS=recompiles names it.",
+    )
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ Shapes: B samples, S positions, D hidden size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from regate_fx.plan import TokenPlan
 class LivePlan:
     """What the traced code reads while one gated call runs; empty between calls.
 
-    plan: the tensors of the `TokenPlan`. token_loss, counted: the anchor's results, replaced in the graph that
+    plan: the tensors of the `TokenPlan`. depth: length of the longest list of modules that was entered with hidden
+    states, 0 where the model is one graph. token_loss, counted: the anchor's results, replaced in the graph that
     computes the loss.
     """
 
@@ -28,12 +29,14 @@ class LivePlan:
         self.labels: Tensor | None = None
         self.token_loss: Tensor | None = None
         self.counted: Tensor | None = None
+        self.depth = 0
 
     def enter(self, plan: TokenPlan, inputs: dict[str, Any]) -> None:
         self.plan = plan.tensors()
         mask = inputs.get("attention_mask")
         self.attention_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.labels = inputs.get("labels")
+        self.depth = 0
 
     def leave(self) -> tuple[Tensor | None, Tensor | None]:
         results = self.token_loss, self.counted
@@ -59,7 +62,8 @@ class LivePlan:
         handles = []
         if everywhere:
             handles = [
-                module.register_forward_pre_hook(self._at, with_kwargs=True) for module in _entrances(model)
+                module.register_forward_pre_hook(self._hook(length), with_kwargs=True)
+                for module, length in _entrances(model)
             ]
         try:
             yield
@@ -67,18 +71,23 @@ class LivePlan:
             for handle in handles:
                 handle.remove()
 
-    def _at(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states = args[0] if args else kwargs.get("hidden_states")
-        row_of = self.plan[1]
-        # [B, S, D]; comparing the sizes ties their symbols to those of the plan.
-        if not isinstance(states, Tensor) or states.dim() != 3:
-            return
-        if states.shape[0] == row_of.shape[0] and states.shape[1] == row_of.shape[1]:
-            self.anchor()
+    def _hook(self, length: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states = args[0] if args else kwargs.get("hidden_states")
+            row_of = self.plan[1]
+            if not isinstance(states, Tensor) or states.dim() != 3:
+                return
+            # [B, S, D]; comparing the sizes ties their symbols to those of the plan.
+            if states.shape[0] == row_of.shape[0] and states.shape[1] == row_of.shape[1]:
+                self.depth = max(self.depth, length)
+                self.anchor()
+
+        return enter
 
 
-def _entrances(model: nn.Module) -> list[nn.Module]:
-    """The first module of every list of modules, and the head."""
-    entrances = [module[0] for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+def _entrances(model: nn.Module) -> list[tuple[nn.Module, int]]:
+    """The first module of every list of modules, with the list's length, and the head."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    entrances: list[tuple[nn.Module, int]] = [(modules[0], len(modules)) for modules in lists]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [*entrances, head] if head is not None else entrances
+    return [*entrances, (head, 0)] if head is not None else entrances

@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import NO_AXES, Axes, Meaning, Token, TokenSymbols, size_expr
+from regate_fx.passes.axes import NO_AXES, Axes, Cut, Meaning, Token, TokenSymbols, size_expr
 from regate_fx.passes.base import (
     PassContext,
     PassResult,
@@ -125,6 +125,9 @@ class Rewriter:
         if kind is Kind.CONSTANT and layout is not Layout.DENSE:
             with self.emit.like(node):
                 return self._reinstantiate(node, layout)
+        if layout is Layout.PACKED and any(isinstance(factor, Cut) for factor in axes.factors):
+            with self.emit.like(node):
+                return self._reinstantiate(node, layout)  # from the rows it was cut from
         if layout is Layout.PACKED:
             if Layout.COMPACT in held:
                 return self.layouts.pack(held[Layout.COMPACT], axes)

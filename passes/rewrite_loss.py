@@ -32,12 +32,16 @@ _MOVES = {
 }  # fmt: skip
 
 
+# Larger than any batch; twice as much plus a batch still fits int32, to which a model may cast its labels.
+_FIRST = 2**29
+
+
 @dataclass
 class LossRewrite:
     """What the loss of the active rows leaves for the outputs.
 
     nll: float [N], negative log-likelihood of each row's label, 0 where not counted. label: int64 [N], flat
-    index `b * S + t` of that label. valid: bool [N], whether the row has one.
+    index `b * S + t` of that label. valid: bool [N], whether it counts and is one of the caller's.
     """
 
     nll: fx.Node | None = None
@@ -89,14 +93,20 @@ def emit_loss(rewriter: Rewriter, node: fx.Node) -> fx.Node:
     logits = rewriter.value(op["self"], Layout.PACKED)
     ignore = op["ignore_index"]
     target = _targets(rewriter, op, rewriter.value(op["target"], Layout.DENSE), ignore)
-    indices = _label_indices(rewriter, op["target"], node)
-    loss.label = _targets(rewriter, op, indices, -1)
-    loss.valid = emit.call(aten.ne.Scalar, target, ignore)
+    counts = emit.call(aten.ne.Scalar, target, ignore)
+    # A number the model puts in place of a label comes out of both replays alike, a label's index moves along.
+    low, high = (
+        _targets(rewriter, op, _replayed(rewriter, op["target"], node, first), ignore)
+        for first in (_FIRST, 2 * _FIRST)
+    )
+    moved = emit.call(aten.eq.Scalar, emit.call(aten.sub.Tensor, high, low), _FIRST)
+    loss.label = emit.call(aten.sub.Scalar, low, _FIRST)
+    loss.valid = emit.call(aten.logical_and.default, counts, moved)
     loss.nll = emit.call(aten.cross_entropy_loss.default, logits, target, None, 0, ignore)
     total = emit.call(aten.sum.default, loss.nll)
     if op["reduction"] == 2:
         return total
-    count = emit.call(aten.clamp.default, emit.call(aten.sum.default, loss.valid), 1)
+    count = emit.call(aten.clamp.default, emit.call(aten.sum.default, counts), 1)
     return emit.call(aten.div.Tensor, total, count)
 
 
@@ -115,14 +125,15 @@ def _targets(rewriter: Rewriter, op: Operands, values: fx.Node, filler: int) -> 
     return emit.call(aten.index.Tensor, values, [rewriter.plan_rows])
 
 
-def _label_indices(rewriter: Rewriter, target: fx.Node, loss: fx.Node) -> fx.Node:
-    """Flat label index of every target, -1 or less where the target is padding that the model put in."""
+def _replayed(rewriter: Rewriter, target: fx.Node, loss: fx.Node, first: int) -> fx.Node:
+    """The loss operator's targets for labels numbered `first, first + 1, ...` in flat order."""
     labels = rewriter.plan.labels
     if labels is None:
         raise Refused("loss", "computes a loss from something else than `labels`", loss)
     grid = rewriter.layouts.row_of
     emit, sizes = rewriter.emit, rewriter.layouts.sizes[Layout.DENSE]
     index = emit.call(aten.arange.default, emit.size(grid, 0), device=fake(grid).device)
+    index = emit.call(aten.add.Scalar, index, first)
     index = emit.call(aten.reshape.default, index, [sizes.batch, sizes.length])
     replayed: dict[fx.Node, fx.Node] = {labels: index}
 

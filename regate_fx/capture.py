@@ -206,11 +206,12 @@ class GatedEngine:
             raise NotGateable([LayerRefusal(None, "graph-break", reason)])
         if labelled and not any(run.context.findings["loss"] for run in captures.ran):
             reason = "the loss is not a cross entropy over the decoder's tokens in one of the captured graphs"
-            raise NotGateable([LayerRefusal(None, "no-loss", reason)])
+            unproven = summarise(captures, captures.runs).refusals
+            raise NotGateable([LayerRefusal(None, "no-loss", reason), *unproven])
 
     def _why_nothing_ran(self) -> list[LayerRefusal]:
         captures = self._backend.captures
-        known = [refusal.refusal() for refusal in captures.refusals if refusal.code != "no-attention"]
+        known = list(summarise(captures, captures.runs).refusals)
         known += [refusal for run in captures.runs for refusal in run.refusals if refusal.layer is not None]
         if known:
             return known

@@ -21,7 +21,7 @@ LossCode = Callable[[Tensor, Tensor], Tensor]
 class Loss(nn.Module):
     def __init__(self, loss: LossCode) -> None:
         super().__init__()
-        self.model = decoder(loss=loss)
+        self.model = decoder(layers=1, loss=loss)
 
     def forward(self, **inputs: Tensor) -> Tensor:
         return self.model(**inputs).loss
@@ -72,7 +72,7 @@ def labelled() -> dict[str, Tensor]:
 def test_the_pairing_is_that_of_the_model(name: str) -> None:
     """token_loss, counted and loss by definition: label t belongs to row t - shift, counted where that is active."""
     code, shift = PAIRED[name]
-    model = decoder(loss=code)
+    model = decoder(layers=1, loss=code)
     gated = gate(model)
     inputs, active = labelled(), some_active(3)
     loss, _, out = step(gated, **inputs, token_mask=active)
@@ -92,7 +92,7 @@ def test_the_pairing_is_that_of_the_model(name: str) -> None:
 
 
 def test_a_rolled_label_is_reported_where_it_stands() -> None:
-    model = decoder(loss=rolled)
+    model = decoder(layers=1, loss=rolled)
     inputs, active = batch(), some_active()
     out = gate(model)(**inputs, token_mask=active)
     assert torch.equal(out.counted, active.roll(1, 1))
@@ -105,7 +105,7 @@ def test_labels_that_the_model_puts_in_itself_are_not_reported() -> None:
         labels = F.pad(labels, (0, 1), value=0)[..., 1:].contiguous()
         return F.cross_entropy(logits.view(-1, V), labels.view(-1))
 
-    model = decoder(loss=padded_with_a_token)
+    model = decoder(layers=1, loss=padded_with_a_token)
     inputs = batch()
     active = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
     try:
@@ -121,7 +121,7 @@ def test_another_ignore_index_is_obeyed() -> None:
         labels = F.pad(labels, (0, 1), value=5)[..., 1:].contiguous()
         return F.cross_entropy(logits.view(-1, V), labels.view(-1), ignore_index=5)
 
-    model = decoder(loss=ignoring)
+    model = decoder(layers=1, loss=ignoring)
     gated = gate(model)
     inputs = batch()
     inputs["labels"][:, 1:4] = 5
@@ -213,4 +213,4 @@ REFUSED: list[tuple[LossCode, str]] = [
 @pytest.mark.parametrize(("code", "message"), REFUSED, ids=[code.__name__ for code, _ in REFUSED])
 def test_another_loss_is_refused_by_name(code: LossCode, message: str) -> None:
     with pytest.raises((NotGateable, Refused), match=message):
-        gate(decoder(loss=code))(**batch(), token_mask=some_active())
+        gate(decoder(layers=1, loss=code))(**batch(), token_mask=some_active())

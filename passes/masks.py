@@ -193,10 +193,12 @@ def _compare(low: int | None, high: int | None) -> Callable[[Operands, dict[fx.N
 def _moved(op: Operands, forms: dict[fx.Node, Form]) -> Form:
     """`unsqueeze`: dims left of the new one move away from the right edge."""
     form = forms.get(op["self"])
-    if not isinstance(form, (Index, Padding)):
-        return form if isinstance(form, Constant) else None
     rank = len(op.shape)
     new = op["dim"] % rank - rank
+    if isinstance(form, Sees):
+        return form if new < -2 else None
+    if not isinstance(form, (Index, Padding)):
+        return form if isinstance(form, Constant) else None
     return replace(form, dim=form.dim - 1) if form.dim <= new else form
 
 

@@ -318,7 +318,10 @@ def _mark(tensor: Tensor, dims: Any) -> None:
 
 
 # Inputs that by the transformers convention have one entry per position, and where B and S stand in them.
-_BY_POSITION = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids", "token_type_ids")
+_BY_POSITION = {
+    "input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids", "token_type_ids", "mm_token_type_ids",
+    "decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "shift_labels",
+}  # fmt: skip
 
 
 def _token_dims(name: str, value: Tensor, row_of: Tensor) -> list[tuple[int, int]]:
@@ -328,8 +331,6 @@ def _token_dims(name: str, value: Tensor, row_of: Tensor) -> list[tuple[int, int
         return [(0, 0), (1, 1)]
     if value.is_floating_point() and value.dim() != 4:
         return []
-    if value.dim() == 2 and value.shape == (batch, length):
-        return [(0, 0), (1, 1)]
     if name in _BY_POSITION and value.dim() >= 2 and value.shape[-1] == length:
         dims = [(value.dim() - 1, 1)]
         if value.dim() == 4 and value.shape[2] == length:

@@ -12,6 +12,7 @@ from small_decoder import V
 from torch import Tensor, nn
 
 import regate_fx
+from regate_fx.errors import NotGateable
 
 
 def gate(model: nn.Module, backend: str = "eager", **options: Any) -> Any:
@@ -68,3 +69,12 @@ def assert_elided_ids_do_not_matter(gated: Any, inputs: dict[str, Tensor], token
     )
     before, after = (gated(**given, token_mask=token_mask) for given in (inputs, other))
     assert torch.equal(before.token_loss, after.token_loss)
+
+
+def refusal_of(gated: Any, model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
+    """Why nothing is gated, or None once all positions active were seen to compute what eager does."""
+    try:
+        assert_all_active_is_eager(gated, model, inputs)
+    except NotGateable as refused:
+        return str(refused)
+    return None

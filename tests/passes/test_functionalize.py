@@ -2,73 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from captured import capture, copy_graph, operators, run_until
+from captured import capture, operators, run_until
+from normalising import D, Small, V, assert_as_eager, normalise, step
 from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_export_module
 
 from regate_fx.errors import PassFailed
 from regate_fx.passes import brackets, functionalize
-from regate_fx.passes.base import PassContext, Refused, operator_name
-from regate_fx.passes.brackets import CloseBrackets
-from regate_fx.passes.pipeline import NORMALISE, run_passes
-
-D, V = 8, 11
-
-
-class Small(nn.Module):
-    """`body(self, x)` on embedded ids; x [B, S, D]."""
-
-    def __init__(self, body: Callable[[Small, Tensor], Any]) -> None:
-        super().__init__()
-        self.embedding, self.up = nn.Embedding(V, D), nn.Linear(D, D)
-        self.register_buffer("mean", torch.zeros(D))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.body = body
-
-    def forward(self, input_ids: Tensor) -> Any:
-        return self.body(self, self.embedding(input_ids))
-
-
-@pytest.fixture
-def ids() -> dict[str, Tensor]:
-    return {"input_ids": torch.randint(V, (2, 5))}
-
-
-def normalise(gm: fx.GraphModule) -> fx.GraphModule:
-    """Normalised, with autocast brackets put back so that it can run."""
-    passes = (*NORMALISE, CloseBrackets())
-    return run_passes(fx.GraphModule(gm, copy_graph(gm)), PassContext(), passes).graph_module
-
-
-def step(outputs: Any, module: nn.Module) -> dict[str, Tensor]:
-    """Gradients of the sum of the first output's squares."""
-    module.zero_grad(set_to_none=True)
-    first = outputs[0] if isinstance(outputs, tuple) else outputs
-    first.float().pow(2).sum().backward()
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-
-
-def assert_as_eager(module: nn.Module, ids: dict[str, Tensor], tolerance: float = 0.0) -> None:
-    """Outputs and their order, dtypes, the set of gradients and their values."""
-    seed = torch.random.get_rng_state()
-    seen = capture(module, ids, rewrite=normalise).outputs
-    seen_gradients = step(seen, module)
-    torch.random.set_rng_state(seed)
-    wanted = module(**ids)
-    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
-    assert len(seen) == len(wanted)
-    for ours, theirs in zip(seen, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-    wanted_gradients = step(wanted, module)
-    assert seen_gradients.keys() == wanted_gradients.keys()
-    for name, gradient in wanted_gradients.items():
-        torch.testing.assert_close(seen_gradients[name], gradient, rtol=1e-5, atol=1e-6)
+from regate_fx.passes.base import Refused, operator_name
 
 
 def new_empty(w: Small, x: Tensor) -> Tensor:
@@ -186,82 +132,6 @@ def test_an_autograd_function_of_another_shape_is_refused_by_name(ids: dict[str,
     with pytest.raises(Refused, match="shape and dtype") as caught:
         run_until("functionalize", Small(lambda w, x: Shaped.apply(w.up(x))), ids)
     assert caught.value.code == "function-shape"
-
-
-def wide_inside(w: Small, x: Tensor) -> Tensor:
-    y = w.up(x)
-    with torch.autocast("cpu", enabled=False):
-        z = F.linear(y.float(), w.up.weight.float())
-    return F.linear(z, w.up.weight)
-
-
-def wide_twice(w: Small, x: Tensor) -> Tensor:
-    """The second `float()` does nothing, but only Dynamo knows."""
-    with torch.autocast("cpu", enabled=False):
-        z = F.linear(x.float(), w.up.weight.float())
-    return z.float() * 2
-
-
-def narrow_inside(w: Small, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        y = w.up(x)
-    return w.up(y.float())
-
-
-def rounded_after_wide(w: Small, x: Tensor) -> Tensor:
-    y = w.up(x)
-    with torch.autocast("cpu", enabled=False):
-        z = F.linear(y.float(), w.up.weight.float())
-    return (z * 1.01).bfloat16().float() * 1.1
-
-
-def widened_after_narrow(w: Small, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        y = w.up(x)
-    return y.float() * 1.01
-
-
-def widened_in_narrow(w: Small, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        y = w.up(x).float() * 1.01
-    return y * 1.01
-
-
-AUTOCAST = (
-    wide_inside,
-    wide_twice,
-    narrow_inside,
-    rounded_after_wide,
-    widened_after_narrow,
-    widened_in_narrow,
-    add_,
-)
-
-
-@pytest.mark.parametrize("ambient", [True, False], ids=["ambient", "no ambient"])
-@pytest.mark.parametrize("body", AUTOCAST, ids=lambda body: body.__name__)
-def test_autocast_keeps_its_dtypes(
-    body: Callable[..., Tensor], ambient: bool, ids: dict[str, Tensor]
-) -> None:
-    with torch.autocast("cpu", torch.bfloat16, enabled=ambient):
-        assert_as_eager(Small(body), ids)
-
-
-def test_without_pinning_casts_a_cast_is_lost(
-    ids: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(functionalize, "pin_casts", lambda gm: 0)
-    module = Small(widened_after_narrow)
-    assert module(**ids).dtype == torch.float32
-    assert capture(module, ids, rewrite=normalise).outputs[0].dtype == torch.bfloat16
-
-
-def test_without_dropping_asserts_in_graph_autocast_fails(
-    ids: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(functionalize, "_drop_asserts", lambda gm: 0)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="dtype"):
-        assert_as_eager(Small(wide_twice), ids)
 
 
 def running_mean(w: Small, x: Tensor) -> Tensor:

@@ -65,11 +65,6 @@ class Checkpointed(nn.Module):
 
 
 @pytest.fixture
-def ids() -> dict[str, Tensor]:
-    return {"input_ids": torch.randint(11, (2, 5))}
-
-
-@pytest.fixture
 def counter() -> dict[str, int]:
     CALLS["forward"] = 0
     return CALLS

@@ -17,12 +17,10 @@ from gating import (
     assert_elided_ids_do_not_matter,
     assert_is_key_masked,
     gate,
+    refusal_of,
 )
-from small_decoder import Block, D, Decoder, H, V, batch, causal_mask, decoder, hide, some_active
-from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutput
-
-from regate_fx.errors import NotGateable
+from small_decoder import Block, D, H, batch, decoder, hide, some_active
+from torch import Tensor
 
 Extra = Callable[[Block, Tensor, Any], Tensor]
 
@@ -251,15 +249,6 @@ MIXING: dict[Extra, str] = {
 }
 
 
-def refusal_of(gated: Any, model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
-    """Why nothing is gated, or None once all positions active were seen to compute what eager does."""
-    try:
-        assert_all_active_is_eager(gated, model, inputs)
-    except NotGateable as refused:
-        return str(refused)
-    return None
-
-
 @pytest.mark.parametrize("extra", MIXING, ids=lambda extra: extra.__name__)
 def test_what_mixes_tokens_is_never_gated(extra: Extra) -> None:
     """The layer that mixes is dense and says why, or nothing is gated; all positions active is eager in any case."""
@@ -282,74 +271,3 @@ def test_what_looks_like_tokens_and_is_not_is_right_or_refused(extra: Extra) -> 
         layer.kind != "dense" for layer in gated.report.layers
     ):
         assert_is_key_masked(gated, model, batch(3), some_active(3))
-
-
-class CrossAttends(Decoder):
-    """Besides its own tokens, a layer attends over a memory [B, K, D] that the caller gives."""
-
-    def forward(
-        self, input_ids: Tensor, memory: Tensor, labels: Tensor | None = None, attention_mask: Any = None
-    ) -> Any:
-        S = input_ids.shape[1]
-        mask = causal_mask(attention_mask, S)
-        x = self.embedding(input_ids)
-        for layer in self.layers:
-            x = layer(x, mask)
-            x = x + F.scaled_dot_product_attention(layer.norm(x), memory, memory)
-        logits = self.head(self.final_norm(x))
-        return CausalLMOutput(loss=None if labels is None else self.loss(logits, labels), logits=logits)
-
-
-@pytest.mark.parametrize("B", [1, 2])
-def test_a_memory_as_long_as_the_sequence_is_not_taken_for_it(B: int) -> None:
-    """Sizes that happen to be equal are no proof of being the same axis, nor are symbols that Dynamo lets coincide."""
-    torch.manual_seed(0)
-    model = CrossAttends([Block(), Block()])
-    gated = gate(model)
-    for K in (5, 6, 7, 7, 4):
-        memory = torch.randn(B, K, D)
-        if B > 1:
-            torch._dynamo.mark_dynamic(memory, 0)
-        assert_all_active_is_eager(gated, model, {**batch(B, 7, seed=K), "memory": memory})
-        assert gated.report.layers[0].kind == "dense"
-        assert "attends over something else" in gated.report.layers[0].reason
-
-
-class IdsAsMemory(CrossAttends):
-    """The memory is given as ids [B, K], which look like one more input over positions."""
-
-    def forward(
-        self, input_ids: Tensor, prompt: Tensor, labels: Tensor | None = None, attention_mask: Any = None
-    ) -> Any:
-        return super().forward(input_ids, self.embedding(prompt), labels, attention_mask)
-
-
-@pytest.mark.parametrize("lengths", [(7, 7), (4, 6), (5, 7), (7, 5)])
-def test_other_ids_as_long_as_the_sequence_are_not_taken_for_it(lengths: tuple[int, int]) -> None:
-    torch.manual_seed(0)
-    model = IdsAsMemory([Block(), Block()])
-    gated = gate(model)
-    for K in lengths:
-        inputs = {**batch(2, 7, seed=K), "prompt": torch.randint(V, (2, K))}
-        refusal = refusal_of(gated, model, inputs)
-        if refusal is None:
-            assert gated.report.layers[0].kind == "dense"
-        else:
-            assert "batch size is the constant" in refusal
-
-
-@pytest.mark.parametrize("S", [H, D, D // H, V])
-def test_a_sequence_as_long_as_a_feature_axis(S: int) -> None:
-    model = decoder(sequence_first_attention)
-    active = torch.rand(H, S) < 0.5
-    active[:, 0] = True
-    active[0, 1] = False
-    gated = gate(model)
-    assert_is_key_masked(gated, model, batch(H, S), active)
-
-
-def test_a_batch_as_large_as_the_sequence_is_long() -> None:
-    model = decoder(alibi)
-    gated = gate(model)
-    for size in (5, 6):
-        assert_is_key_masked(gated, model, batch(size, size), some_active(size, size))

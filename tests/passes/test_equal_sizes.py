@@ -1,0 +1,100 @@
+"""Axes that happen to have the size of another one are not taken for it.
+
+Shapes: B samples, S positions, K positions of a memory, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gating import assert_all_active_is_eager, assert_is_key_masked, gate, refusal_of
+from small_decoder import Block, D, Decoder, H, V, batch, causal_mask, decoder, hide, some_active
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutput
+
+
+class CrossAttends(Decoder):
+    """Besides its own tokens, a layer attends over a memory [B, K, D] that the caller gives."""
+
+    def forward(
+        self, input_ids: Tensor, memory: Tensor, labels: Tensor | None = None, attention_mask: Any = None
+    ) -> Any:
+        S = input_ids.shape[1]
+        mask = causal_mask(attention_mask, S)
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x, mask)
+            x = x + F.scaled_dot_product_attention(layer.norm(x), memory, memory)
+        logits = self.head(self.final_norm(x))
+        return CausalLMOutput(loss=None if labels is None else self.loss(logits, labels), logits=logits)
+
+
+@pytest.mark.parametrize("B", [1, 2])
+def test_a_memory_as_long_as_the_sequence_is_not_taken_for_it(B: int) -> None:
+    """Sizes that happen to be equal are no proof of being the same axis, nor are symbols that Dynamo lets coincide."""
+    torch.manual_seed(0)
+    model = CrossAttends([Block(), Block()])
+    gated = gate(model)
+    for K in (5, 6, 7, 7, 4):
+        memory = torch.randn(B, K, D)
+        if B > 1:
+            torch._dynamo.mark_dynamic(memory, 0)
+        assert_all_active_is_eager(gated, model, {**batch(B, 7, seed=K), "memory": memory})
+        assert gated.report.layers[0].kind == "dense"
+        assert "attends over something else" in gated.report.layers[0].reason
+
+
+class IdsAsMemory(CrossAttends):
+    """The memory is given as ids [B, K], which look like one more input over positions."""
+
+    def forward(
+        self, input_ids: Tensor, prompt: Tensor, labels: Tensor | None = None, attention_mask: Any = None
+    ) -> Any:
+        return super().forward(input_ids, self.embedding(prompt), labels, attention_mask)
+
+
+@pytest.mark.parametrize("lengths", [(7, 7), (4, 6), (5, 7), (7, 5)])
+def test_other_ids_as_long_as_the_sequence_are_not_taken_for_it(lengths: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model = IdsAsMemory([Block(), Block()])
+    gated = gate(model)
+    for K in lengths:
+        inputs = {**batch(2, 7, seed=K), "prompt": torch.randint(V, (2, K))}
+        refusal = refusal_of(gated, model, inputs)
+        if refusal is None:
+            assert gated.report.layers[0].kind == "dense"
+        else:
+            assert "batch size is the constant" in refusal
+
+
+@pytest.mark.parametrize("S", [H, D, D // H, V])
+def test_a_sequence_as_long_as_a_feature_axis(S: int) -> None:
+    model = decoder(attention_with_heads_in_the_batch)
+    active = torch.rand(H, S) < 0.5
+    active[:, 0] = True
+    active[0, 1] = False
+    gated = gate(model)
+    assert_is_key_masked(gated, model, batch(H, S), active)
+
+
+def test_a_batch_as_large_as_the_sequence_is_long() -> None:
+    model = decoder(alibi)
+    gated = gate(model)
+    for size in (5, 6):
+        assert_is_key_masked(gated, model, batch(size, size), some_active(size, size))
+
+
+def attention_with_heads_in_the_batch(b: Block, x: Tensor, m: Any) -> Tensor:
+    """[S, B, D] states and heads folded into the batch, as older models have it."""
+    B, S = x.shape[:2]
+    q, k, v = (p(x.transpose(0, 1)).reshape(S, B * H, D // H).transpose(0, 1) for p in (b.q, b.k, b.v))
+    weights = hide((q @ k.mT).view(B, H, S, S), m).softmax(-1).view(B * H, S, S)
+    return (weights @ v).transpose(0, 1).reshape(S, B, D).transpose(0, 1)
+
+
+def alibi(b: Block, x: Tensor, m: Any) -> Tensor:
+    i = torch.arange(x.shape[1])
+    return hide(x @ x.mT - 0.3 * (i[:, None] - i).abs(), m).softmax(-1) @ x

@@ -20,17 +20,21 @@ def compile(
     backend: str | Callable[..., Any] = "inductor",
     keep_logits: bool = False,
     validate: bool = True,
+    reference: bool = False,
 ) -> Any:
     """Return `model` with one more argument, `token_mask`: the decoder computes only the positions it keeps.
 
     model:       any Hugging Face causal or vision-language model. It is shared, not copied.
     backend:     "inductor", "aot_eager", "eager", or a Dynamo backend of your own, for the rewritten graph.
     keep_logits: return logits [B, S, V] from calls with labels too, at the price of computing them.
-    validate:    check the compiled graph against the untouched model at the first call.
+    validate:    check the compiled graph against the untouched model and the dense reference at the first call
+                 that could train the model; raises `ValidationFailed` there.
+    reference:   compute the dense reference instead: every position, elided ones hidden from attention and held
+                 constant through the layers. Slow; for finding out which of the two is wrong. Fills no `token_loss`.
 
     `gated(input_ids=..., labels=..., token_mask=mask)`, mask bool [B, S], returns an output with `loss` (mean over
     counted labels), `token_loss` float32 [B, S] and `counted` bool [B, S]. Without `token_mask` the untouched
     model runs. Capture happens at the first gated call; `NotGateable` is raised there if no layer can be gated.
     """
     original = ungated(model)
-    return wrap(original, GatedEngine(original, Options(backend, keep_logits, validate)))
+    return wrap(original, GatedEngine(original, Options(backend, keep_logits, validate, reference)))

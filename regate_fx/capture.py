@@ -126,7 +126,8 @@ class GatedEngine:
         `ValidationFailed` where the compiled graph disagrees with it.
         """
         trains = torch.is_grad_enabled() and inputs.get("labels") is not None
-        if self.options.validate and self.validation is None and trains:
+        checked = self.options.validate and not self.options.reference
+        if checked and self.validation is None and trains:
             self.validation = self._validate(inputs)
         return self._gated(plan, inputs)
 
@@ -183,8 +184,8 @@ class GatedEngine:
         if captures.graphs != seen[0]:
             self._graphs = fuller(captures.runs[seen[2] :], self._graphs)
         self._last = plan, padding
-        if not labelled:
-            return GatedOutput(logits=logits)
+        if not labelled or self.options.reference:
+            return GatedOutput(loss=loss, logits=logits)
         return GatedOutput(
             loss=loss, logits=logits, aux_loss=aux_loss, token_loss=token_loss, counted=counted
         )

@@ -51,12 +51,12 @@ def test_a_missing_prerequisite_is_named() -> None:
     with pytest.raises(
         PassFailed, match="'token_axes' failed after \\[inline_checkpoints\\]: it needs find_plan"
     ):
-        run_on(decoder(), batch(), (InlineCheckpoints(), AnalyseTokenAxes()))
+        run_on(decoder(layers=1), batch(), (InlineCheckpoints(), AnalyseTokenAxes()))
 
 
 def test_a_failing_pass_is_named_with_those_before_it() -> None:
     with pytest.raises(PassFailed, match=r"'does' failed after .*KeyError") as caught:
-        run_on(decoder(), batch(), (*NORMALISE, Does(fail)))
+        run_on(decoder(layers=1), batch(), (*NORMALISE, Does(fail)))
     assert caught.value.name == "does"
     assert caught.value.before == ("inline_checkpoints", "functionalize", "open_brackets")
     assert isinstance(caught.value.__cause__, KeyError)
@@ -64,7 +64,7 @@ def test_a_failing_pass_is_named_with_those_before_it() -> None:
 
 def test_a_refusal_is_no_failure() -> None:
     with pytest.raises(Refused) as caught:
-        run_on(decoder(), batch(), (*NORMALISE, Does(refuse)))
+        run_on(decoder(layers=1), batch(), (*NORMALISE, Does(refuse)))
     assert caught.value.code == "reason-code"
 
 
@@ -74,7 +74,7 @@ def test_a_broken_graph_is_blamed_on_the_pass_that_broke_it() -> None:
         del node.meta["val"]
 
     with pytest.raises(PassFailed, match=r"'does' failed after .*: linear has no fake value"):
-        run_on(decoder(), batch(), (*NORMALISE, Does(forget)))
+        run_on(decoder(layers=1), batch(), (*NORMALISE, Does(forget)))
 
 
 def test_rewrites_and_seconds_are_kept_for_every_pass_and_dumps_are_called() -> None:
@@ -84,7 +84,7 @@ def test_rewrites_and_seconds_are_kept_for_every_pass_and_dumps_are_called() -> 
         gm.graph.lint()
         dumped.append(name)
 
-    run = run_until("close_brackets", decoder(), batch())
+    run = run_until("close_brackets", decoder(layers=1), batch())
     assert list(run.rewrites) == list(run.seconds) == [step.name for step in PIPELINE]
     assert all(seconds >= 0 for seconds in run.seconds.values())
 
@@ -99,7 +99,7 @@ def test_normalisation_is_the_first_three_passes() -> None:
 
 
 def test_a_node_is_described_by_its_operator_and_its_source_line() -> None:
-    run = run_until("token_axes", decoder(), batch())
+    run = run_until("token_axes", decoder(layers=1), batch())
     (node, *_) = run.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default)
     assert operator_name(node) == "aten.gelu"
     line = source_line(node)

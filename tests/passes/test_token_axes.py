@@ -102,4 +102,4 @@ def test_what_mixes_tokens_is_refused_by_name(
     assert code in refusal.code
     assert operator in refusal.reason or refusal.code in ("view", "broadcast")
     assert refusal.node is not None
-    assert "test_token_axes.py" in refusal.refusal().source
+    assert "token_axes_table.py" in refusal.refusal().source

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 @pytest.fixture
 def gm() -> fx.GraphModule:
-    return run_until("open_brackets", decoder(), batch()).graph_module
+    return run_until("open_brackets", decoder(layers=1), batch()).graph_module
 
 
 def inputs(gm: fx.GraphModule) -> int:

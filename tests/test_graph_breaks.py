@@ -1,0 +1,74 @@
+"""A break in the capture before or behind the decoder, and DDP's buckets, leave the gated step as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from key_masked_engine import batch, gradients
+from small_models import build
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import regate_fx
+from regate_fx.errors import NotGateable
+
+
+def broken(place: str) -> nn.Module:
+    """A Llama whose capture breaks when it enters one of its modules."""
+    model = build("llama")
+    model.get_submodule(place).register_forward_pre_hook(lambda module, args: torch._dynamo.graph_break())
+    return model
+
+
+def step(model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
+    gated = regate_fx.compile(model, backend="eager")
+    output = gated(**inputs)
+    output.loss.backward()
+    return output, gradients(model), gated.report
+
+
+@pytest.mark.parametrize("place", ["model.embed_tokens", "model.norm"])
+def test_a_break_around_the_decoder_does_no_harm(place: str) -> None:
+    output, found, report = step(broken(place), batch())
+    expected, wanted, _ = step(build("llama"), batch())
+    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(output.token_loss, expected.token_loss)
+    assert torch.equal(output.counted, expected.counted)
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], msg=name)
+    assert report.gated == 2
+
+
+def test_a_break_among_the_layers_is_refused() -> None:
+    gated = regate_fx.compile(broken("model.layers.1"), backend="eager")
+    for _ in range(2):
+        with pytest.raises(NotGateable):
+            gated(**batch())
+
+
+def _ddp_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    gated = regate_fx.compile(build("llama"), backend="aot_eager", validate=False)
+    # Buckets far smaller than the model: Dynamo's own DDP optimizer would cut the graph at each.
+    parallel = DistributedDataParallel(gated, bucket_cap_mb=0.01)
+    parallel(**batch(seed=rank)).loss.backward()
+    assert gated.report.gated == 2
+    assert gated.report.traces == 1
+    torch.save(gradients(gated), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_the_decoder_arrives_whole_inside_ddp(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_ddp_worker, args=(str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    alone = [step(build("llama"), batch(seed=rank))[1] for rank in range(2)]
+    assert ranks[0].keys() == alone[0].keys()
+    for name, gradient in ranks[0].items():
+        torch.testing.assert_close(gradient, (alone[0][name] + alone[1][name]) / 2, msg=name)
+        assert torch.equal(gradient, ranks[1][name])

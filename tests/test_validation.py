@@ -1,0 +1,85 @@
+"""Translation validation finds a compiler that is wrong, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from key_masked_engine import batch, gradients
+from small_models import build
+
+import regate_fx
+from regate_fx.errors import ValidationFailed
+from regate_fx.passes import masks, rewrite_loss
+from regate_fx.passes.masks import MaskProof
+
+
+def test_a_wrong_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "_proof", lambda op, forms: MaskProof(causal=False))
+    gated = regate_fx.compile(build("llama"), backend="eager")
+    for _ in range(2):
+        with pytest.raises(ValidationFailed, match="against the untouched model") as failure:
+            gated(**batch())
+    assert "the loss is" in str(failure.value)
+
+
+def test_a_window_taken_in_packed_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With every token active, packed rows and positions are the same: only the dense reference can tell.
+    def no_window(op: object, forms: object) -> MaskProof:
+        return MaskProof(causal=True, window=3)
+
+    monkeypatch.setattr(masks, "_proof", no_window)
+    model = build("mistral", sliding_window=4)
+    with pytest.raises(ValidationFailed):
+        regate_fx.compile(model, backend="eager")(**batch())
+
+
+def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = rewrite_loss.emit_loss
+
+    def severed(rewriter: object, node: object) -> object:
+        loss = original(rewriter, node)  # type: ignore[arg-type]
+        halves = rewriter.emit.call(torch.ops.aten.mul.Scalar, loss, 0.5)  # type: ignore[attr-defined]
+        constant = rewriter.emit.call(torch.ops.aten.detach.default, halves)  # type: ignore[attr-defined]
+        return rewriter.emit.call(torch.ops.aten.add.Tensor, halves, constant)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("regate_fx.passes.elide.emit_loss", severed)
+    with pytest.raises(ValidationFailed, match="the gradient of"):
+        regate_fx.compile(build("llama"), backend="eager")(**batch())
+
+
+def test_validation_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "_proof", lambda op, forms: MaskProof(causal=False))
+    regate_fx.compile(build("llama"), backend="eager", validate=False)(**batch())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_model_is_left_as_it_was(name: str) -> None:
+    model = build(name, dropout=0.1 if name == "gpt2" else 0.0)
+    buffers = {key: value.clone() for key, value in model.named_buffers()}
+    modes = [module.training for module in model.modules()]
+    states = torch.get_rng_state()
+    first = regate_fx.compile(model, backend="eager")(**batch())
+    assert gradients(model) == {}
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, buffers[key]) for key, value in model.named_buffers())
+    # The step draws the same dropout whether or not it was validated before.
+    torch.set_rng_state(states)
+    second = regate_fx.compile(model, backend="eager", validate=False)(**batch())
+    assert torch.equal(first.loss, second.loss)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "bloom", "opt", "bart", "deepseek_v3"])
+def test_the_dense_reference_gives_the_gated_step(name: str) -> None:
+    model = build(name)
+    steps = []
+    for reference in (False, True):
+        model.zero_grad()
+        gated = regate_fx.compile(model, backend="eager", validate=False, reference=reference)
+        output = gated(**batch())
+        output.loss.backward()
+        steps.append((output.loss.detach(), gradients(model)))
+    torch.testing.assert_close(steps[0][0], steps[1][0])
+    assert steps[0][1].keys() == steps[1][1].keys()
+    total = sum(float(g.norm()) ** 2 for g in steps[1][1].values()) ** 0.5
+    for key, gradient in steps[0][1].items():
+        assert float((gradient - steps[1][1][key]).norm()) < 1e-5 * total, key

@@ -28,6 +28,7 @@ from regate_fx.passes.base import Refused
 from regate_fx.passes.pipeline import PIPELINE, REFERENCE, PipelineRun
 from regate_fx.plan import TokenPlan
 from regate_fx.report import Report
+from regate_fx.single_position import lengthen, shorten
 from regate_fx.summary import batch_tokens, fuller, summarise
 from regate_fx.validation import is_random, validate
 from regate_fx.wrapper import original_forward
@@ -125,6 +126,8 @@ class GatedEngine:
         Raises `NotGateable` where no layer can be gated, and at the first call that could train the model
         `ValidationFailed` where the compiled graph disagrees with it.
         """
+        if plan.row_of.shape[1] == 1:
+            return shorten(self(*lengthen(plan, inputs, _BY_POSITION)))
         trains = torch.is_grad_enabled() and inputs.get("labels") is not None
         checked = self.options.validate and not self.options.reference
         if checked and self.validation is None and trains:

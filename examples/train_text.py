@@ -227,7 +227,7 @@ def parse_arguments() -> argparse.Namespace:
         "--keep", type=float, default=0.5, help="share of the labels kept after the first pass"
     )
     parser.add_argument(
-        "--rule", default="hardest", choices=("hardest", "random"), help="which labels are kept"
+        "--rule", default="random", choices=("random", "hardest"), help="which labels are kept"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", default="inductor", help="inductor, aot_eager or eager")

@@ -5,8 +5,9 @@
 
 The text is the language reference that comes with Python (`pydoc_data.topics`); nothing is downloaded. Both
 runs start from the same weights and see the same batches in the same order. The gated run computes every
-token in its first pass over the text. From the second pass on, each chunk keeps the labels whose loss was
-highest when they were last computed, and the decoder computes only the positions that predict them.
+token in its first pass over the text. From the second pass on, each chunk keeps half of its labels, drawn
+at random or (`--rule hardest`) those whose loss was highest when they were last computed, and the decoder
+computes only the positions that predict them.
 
 Shapes: C chunks of the training text, B chunks in a batch, S positions in a chunk.
 """

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from regate_fx.passes.base import Refused, is_tensor
+from regate_fx.passes.base import Refused
 
 FUNCTION_APPLY = torch.ops.higher_order.autograd_function_apply
 
@@ -110,8 +110,3 @@ def unshield(gm: fx.GraphModule, shielded: list[Shielded]) -> int:
             node.replace_all_uses_with(apply)
         gm.graph.erase_node(node)
     return len(shielded)
-
-
-def tensor_operands(node: fx.Node) -> list[fx.Node]:
-    """The tensor operands of an `autograd_function_apply` node, bodies left out."""
-    return [arg for arg in node.args[2:] if isinstance(arg, fx.Node) and is_tensor(arg)]

@@ -264,7 +264,3 @@ def _assign_segments(stack: DecoderStack, order: dict[fx.Node, int]) -> None:
     if last is not None:
         for node in _descendants(last) & stack.content:
             stack.segment[node] = len(stack.layers)
-
-
-def loss_nodes(stack: DecoderStack, analysis: TokenAxes) -> list[fx.Node]:
-    return [node for node in stack.content if analysis.kinds.get(node) is Kind.LOSS]

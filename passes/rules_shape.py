@@ -7,7 +7,7 @@ from typing import Any
 
 import sympy
 
-from regate_fx.passes.axes import Axes, Cut, Dim, Meaning, Token, has_token, merge, reshape, size_expr
+from regate_fx.passes.axes import Axes, Cut, Dim, Meaning, Token, has_token, reshape, size_expr
 from regate_fx.passes.base import fake
 from regate_fx.passes.rules import Kind, Operands, Verdict, kind_of, rowwise, rule
 
@@ -226,7 +226,3 @@ def shape_without(dims: Sequence[Any], drop: Sequence[int], keep: bool) -> list[
     """Dims after a reduction over `drop`."""
     reduced = [() if index in drop else dim for index, dim in enumerate(dims)]
     return reduced if keep else [dim for index, dim in enumerate(dims) if index not in drop]
-
-
-def merged(op: Operands, *names: str) -> tuple[Dim, ...]:
-    return merge([op.axes(name) for name in names], str(op.node.target))

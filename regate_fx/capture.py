@@ -30,8 +30,10 @@ from regate_fx.plan import TokenPlan
 from regate_fx.report import Report
 from regate_fx.single_position import lengthen, shorten
 from regate_fx.summary import batch_tokens, fuller, summarise
-from regate_fx.validation import is_random, validate
+from regate_fx.validation import VALIDATED, is_random, validate
 from regate_fx.wrapper import original_forward
+
+logger = logging.getLogger("regate_fx")
 
 # Sizes of one (B, S, N or L) are specialised by Dynamo, as are train and eval mode and autocast.
 _TRACE_LIMIT = 64
@@ -105,7 +107,9 @@ class GatedEngine:
         """Made when asked for, and for the last call: counting its tokens waits for the device."""
         if self._last is None:
             return None
-        return summarise(self._backend.captures, self._graphs, batch_tokens(*self._last))
+        report = summarise(self._backend.captures, self._graphs, batch_tokens(*self._last))
+        report.validation = self.validation or ""
+        return report
 
     @property
     def captures(self) -> Captures:
@@ -132,6 +136,8 @@ class GatedEngine:
         checked = self.options.validate and not self.options.reference
         if checked and self.validation is None and trains:
             self.validation = self._validate(inputs)
+            if self.validation != VALIDATED:
+                logger.warning("%s", self.validation)
         return self._gated(plan, inputs)
 
     def _validate(self, inputs: dict[str, Any]) -> str:

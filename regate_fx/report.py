@@ -108,6 +108,7 @@ class Report:
     before:    cost of what is computed before the layers or beside them; `head`: of what follows them.
     uncounted: products left out of the FLOPs because their size depends on data.
     expected:  in a report from `explain`, what it assumes of training.
+    validation: what the first call that could train was compared with, or why it was not; empty before it.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -119,6 +120,7 @@ class Report:
     head: Cost = NO_COST
     uncounted: int = 0
     expected: Expectation | None = None
+    validation: str = ""
 
     @property
     def gated(self) -> int:
@@ -215,6 +217,8 @@ def _lines(report: Report) -> Iterator[str]:
     yield from _share_lines(report)
     if report.uncounted:
         yield f"{report.uncounted} products whose size depends on data are not counted."
+    if report.validation:
+        yield f"{report.validation}."
     if report.seconds:
         slowest = max(report.seconds, key=report.seconds.__getitem__)
         yield (

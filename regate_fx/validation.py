@@ -28,6 +28,8 @@ _PIECE = 2**20
 # Largest relative error of a loss or gradient that rounding explains, by the dtype the model computes in.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
 
+VALIDATED = "validated against the untouched model and the dense reference"
+
 Call = Callable[[TokenPlan, dict[str, Any]], Any]
 
 
@@ -72,7 +74,7 @@ def validate(model: nn.Module, inputs: dict[str, Any], gated: Call, untouched: C
         expected = _probe(model, masked.loss)
         probe = _probe(model, gated(sparse, batch).loss)
         _compare("half of the tokens active, against the dense reference", probe, expected, _dtype(model))
-    return "validated against the untouched model and the dense reference"
+    return VALIDATED
 
 
 def is_random(model: nn.Module, inputs: dict[str, Any], untouched: Call) -> bool:

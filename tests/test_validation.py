@@ -52,6 +52,22 @@ def test_validation_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None
     regate_fx.compile(build("llama"), backend="eager", validate=False)(**batch())
 
 
+def test_what_was_validated_is_told() -> None:
+    gated = regate_fx.compile(build("llama"), backend="eager")
+    gated(**batch())
+    assert gated.report.validation == "validated against the untouched model and the dense reference"
+    assert "dense reference" in str(gated.report)
+
+
+def test_a_batch_without_labels_to_compare_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    inputs = batch()
+    inputs["labels"] = inputs["labels"].new_full(inputs["labels"].shape, -100)
+    gated = regate_fx.compile(build("llama"), backend="eager")
+    gated(**inputs)
+    assert gated.report.validation == "not validated: the batch has no labels"
+    assert "not validated" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_model_is_left_as_it_was(name: str) -> None:
     model = build(name, dropout=0.1 if name == "gpt2" else 0.0)

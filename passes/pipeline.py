@@ -41,12 +41,13 @@ ELIDE: tuple[Pass, ...] = (
     Place(),  # decides for all layers before a single node is written
     ElideTokens(),
 )
+MASK: tuple[Pass, ...] = (Place(), DenseReference())
 FINISH: tuple[Pass, ...] = (
     RemoveUnused(),
     CloseBrackets(),  # last: from here on the position of a node matters again
 )
 PIPELINE = NORMALISE + ANALYSE + ELIDE + FINISH
-REFERENCE = NORMALISE + ANALYSE + (Place(), DenseReference()) + FINISH
+REFERENCE = NORMALISE + ANALYSE + MASK + FINISH
 
 
 @dataclass
@@ -65,8 +66,9 @@ def run_passes(
     ctx: PassContext,
     passes: Sequence[Pass] = PIPELINE,
     dump: Callable[[str, fx.GraphModule], None] | None = None,
+    done: tuple[str, ...] = (),
 ) -> PipelineRun:
-    """Run passes in order and verify the graph after each.
+    """Run passes in order and verify the graph after each. done: names of the passes that `gm` has been through.
 
     A `Refused` from a pass propagates: the caller decides what becomes of the graph. Anything else that a pass
     raises, and any broken invariant, is a `PassFailed` that names the pass and those before it.
@@ -74,7 +76,7 @@ def run_passes(
     run = PipelineRun(gm, ctx)
     placeholders = len(gm.graph.find_nodes(op="placeholder"))
     for step in passes:
-        before = tuple(run.seconds)
+        before = (*done, *run.seconds)
         missing = [name for name in step.after if name not in before]
         if missing:
             raise PassFailed(step.name, before, f"it needs {', '.join(missing)} to have run.")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 
-from regate_fx.errors import PassFailed
+from regate_fx.errors import NotGateable, PassFailed
 from regate_fx.passes.base import Pass, PassContext, Refused
-from regate_fx.passes.pipeline import PIPELINE, PipelineRun, run_passes
+from regate_fx.passes.pipeline import ANALYSE, FINISH, MASK, NORMALISE, PIPELINE, PipelineRun, run_passes
 from regate_fx.passes.plan_nodes import ANCHOR
 
 Compiled = Callable[..., Any]
@@ -36,31 +38,50 @@ class GatingBackend:
 
     compiler: name of a registered Dynamo backend, or a backend itself. A graph that does not hold the token plan,
     or cannot be gated, is compiled as captured; whether that is acceptable is for the caller to decide.
+    referable: keep what it takes to compute the dense reference of graphs captured from now on.
     """
 
     compiler: str | Compiled
     passes: Sequence[Pass] = PIPELINE
     captures: Captures = field(default_factory=Captures)
+    referable: bool = False
+    is_referring: bool = False
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         self.captures.graphs += 1
-        run = self._rewrite(gm)
+        normalised: list[fx.GraphModule] = []
+        run = self._rewrite(gm, normalised)
         if run is None:
             return self._compiler()(gm, example_inputs)
         compiled = self._compiler()(run.graph_module, example_inputs)
+        reference = functools.cache(lambda: _dense_reference(normalised))
         ran = self.captures.ran
 
         def noted(*args: Any) -> Any:
             ran.append(run)
-            return compiled(*args)
+            return (reference() if self.is_referring else compiled)(*args)
 
         return noted
 
-    def _rewrite(self, gm: fx.GraphModule) -> PipelineRun | None:
+    @contextlib.contextmanager
+    def referring(self) -> Iterator[None]:
+        """While active, captured graphs compute their dense reference, or raise `NotGateable` if there is none."""
+        self.is_referring = True
+        try:
+            yield
+        finally:
+            self.is_referring = False
+
+    def _rewrite(self, gm: fx.GraphModule, normalised: list[fx.GraphModule]) -> PipelineRun | None:
         if not _has_anchor(gm):
             return None
+
+        def keep(step: str, graph_module: fx.GraphModule) -> None:
+            if self.referable and step == NORMALISE[-1].name:
+                normalised.append(_copy(graph_module))
+
         try:
-            run = run_passes(_copy(gm), PassContext(), self.passes)
+            run = run_passes(_copy(gm), PassContext(), self.passes, dump=keep)
         except Refused as refused:
             self.captures.refusals.append(refused)
             return None
@@ -72,6 +93,20 @@ class GatingBackend:
 
     def _compiler(self) -> Compiled:
         return lookup_backend(self.compiler) if isinstance(self.compiler, str) else self.compiler
+
+
+def _dense_reference(normalised: list[fx.GraphModule]) -> Compiled:
+    """Not compiled any further: what it is compared with went through a backend."""
+    if not normalised:
+        raise NotGateable([Refused("no-reference", "no dense reference was asked for").refusal()])
+    try:
+        passes = ANALYSE + MASK + FINISH
+        done = tuple(step.name for step in NORMALISE)
+        return run_passes(normalised.pop(), PassContext(), passes, done=done).graph_module
+    except Refused as refused:
+        raise NotGateable([refused.refusal()]) from refused
+    except PassFailed as failed:
+        raise NotGateable([Refused("pass-failed", str(failed)).refusal()]) from failed
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

@@ -69,7 +69,8 @@ class GatedEngine:
         """Forget all captures. whole: expect the model in one graph; else look for the plan in every part of it."""
         self._whole = whole
         passes = REFERENCE if self.options.reference else PIPELINE
-        self._backend = GatingBackend(self.options.backend, passes)
+        referable = self.options.validate and not self.options.reference
+        self._backend = GatingBackend(self.options.backend, passes, referable=referable)
         self._graphs: list[PipelineRun] = []
         self._runs: dict[frozenset[str], Callable[..., Any]] = {}
 
@@ -136,20 +137,27 @@ class GatedEngine:
         checked = self.options.validate and not self.options.reference
         if checked and self.validation is None and trains:
             self.validation = self._validate(inputs)
+            self._backend.referable = False
             if self.validation != VALIDATED:
                 logger.warning("%s", self.validation)
         return self._gated(plan, inputs)
 
     def _validate(self, inputs: dict[str, Any]) -> str:
         """Compare with the untouched model; in eval mode, on a capture of its own, where training mode is random."""
-        sober = replace(self.options, backend="eager", keep_logits=False, validate=False)
-        gated = self._gated
+        gated = self
         with contextlib.ExitStack() as stack:
             if is_random(self.model, inputs, self._untouched):
                 stack.enter_context(_evaluating(self.model))
-                gated = GatedEngine(self.model, sober)
-            reference = GatedEngine(self.model, replace(sober, reference=True))
-            return validate(self.model, inputs, gated, self._untouched, _or_none(reference))
+                gated = GatedEngine(self.model, replace(self.options, backend="eager", keep_logits=False))
+            return validate(self.model, inputs, gated._gated, self._untouched, gated._dense_reference)
+
+    def _dense_reference(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput | None:
+        """The dense reference of the captured graphs, None where one of them has none."""
+        with self._backend.referring():
+            try:
+                return self._gated(plan, inputs)
+            except NotGateable:
+                return None
 
     def _untouched(self, plan: TokenPlan, inputs: dict[str, Any]) -> Any:
         return original_forward(self.model)(**(inputs | self._no_cache))
@@ -193,7 +201,7 @@ class GatedEngine:
         if captures.graphs != seen[0]:
             self._graphs = fuller(captures.runs[seen[2] :], self._graphs)
         self._last = plan, padding
-        if not labelled or self.options.reference:
+        if not labelled or self.options.reference or self._backend.is_referring:
             return GatedOutput(loss=loss, logits=logits)
         return GatedOutput(
             loss=loss, logits=logits, aux_loss=aux_loss, token_loss=token_loss, counted=counted
@@ -251,18 +259,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _or_none(reference: GatedEngine) -> Callable[[TokenPlan, dict[str, Any]], GatedOutput | None]:
-    """A reference that is not available for a graph gives None."""
-
-    def call(plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput | None:
-        try:
-            return reference(plan, inputs)
-        except NotGateable:
-            return None
-
-    return call
 
 
 def _as_refusal(error: Exception) -> Exception:

@@ -99,6 +99,17 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
     raise Refused("no-inputs", "the captured graph has no tensor inputs")
 
 
+# Operators that read a number from a tensor's values.
+SCALARS_OF_TENSORS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
+
+
+def reads_number(node: fx.Node) -> bool:
+    """Whether a number was computed from one that was read from a tensor: no expression over sizes says what it is."""
+    if node.target in SCALARS_OF_TENSORS:
+        return True
+    return not is_tensors(fake(node)) and any(reads_number(source) for source in node.all_input_nodes)
+
+
 def is_tensor(node: object) -> bool:
     return isinstance(node, fx.Node) and isinstance(fake(node), torch.Tensor)
 

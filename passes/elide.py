@@ -17,6 +17,7 @@ from torch import fx
 
 from regate_fx.passes.axes import NO_AXES, Axes, Cut, Meaning, Token, TokenSymbols, size_expr
 from regate_fx.passes.base import (
+    SCALARS_OF_TENSORS,
     PassContext,
     PassResult,
     Refused,
@@ -25,6 +26,7 @@ from regate_fx.passes.base import (
     is_tensor,
     is_tensors,
     operator_name,
+    reads_number,
 )
 from regate_fx.passes.emit import Emitter
 from regate_fx.passes.layers import DecoderStack
@@ -154,6 +156,8 @@ class Rewriter:
         value = fake(node)
         if not isinstance(value, _SCALARS) or (held is not None and layout is Layout.DENSE):
             return held
+        if reads_number(node):
+            return self._number(node, layout)
         expr = scalar_expr(value)
         if expr.is_Integer and isinstance(value, (int, torch.SymInt)):
             return int(expr)
@@ -175,6 +179,13 @@ class Rewriter:
         if node.target is aten.sym_size.int:
             return self._size_of(node, layout)
         raise Refused("size", f"a size {expr} cannot be made anew for the active rows", node)
+
+    def _number(self, node: fx.Node, layout: Layout) -> fx.Node:
+        """Read again, even if the capture learned its value from an assert: that assert is to be checked."""
+        if node.target in SCALARS_OF_TENSORS:
+            return self.emit.call(node.target, self.value(node.args[0], Layout.DENSE))
+        operands = [self.symint(arg, layout) if isinstance(arg, fx.Node) else arg for arg in node.args]
+        return self.emit.call(node.target, *operands)
 
     def _size_of(self, node: fx.Node, layout: Layout) -> Any:
         source, dim = node.args

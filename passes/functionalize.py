@@ -13,10 +13,11 @@ import torch
 from torch import fx
 from torch._functorch.aot_autograd import GraphSignature, aot_export_module
 
-from regate_fx.passes.base import PassContext, PassResult, Refused, operator_name
+from regate_fx.passes.base import PassContext, PassResult, Refused, operator_name, reads_number
 from regate_fx.passes.casts import pin_casts, release_casts
 from regate_fx.passes.functions import FUNCTION_APPLY, shield, unshield
 from regate_fx.passes.grad_mode import refuse_writes_without_grad
+from regate_fx.passes.numbers import pin_numbers
 
 aten = torch.ops.aten
 
@@ -39,6 +40,7 @@ class Functionalize:
         refuse_writes_without_grad(gm)
         shielded = shield(gm)
         pin_casts(gm)
+        pin_numbers(gm)
         placeholders = gm.graph.find_nodes(op="placeholder")
         inputs = [node.meta["example_value"] for node in placeholders]
         normal, signature = aot_export_module(gm, inputs, trace_joint=False, pre_dispatch=True)
@@ -101,11 +103,14 @@ def _make_differentiable(gm: fx.GraphModule) -> int:
 
 
 def _drop_asserts(gm: fx.GraphModule) -> int:
-    """Dtype asserts were recorded without in-graph autocast; scalar asserts repeat Dynamo's own guards."""
+    """Dtype asserts were recorded without in-graph autocast; asserts on sizes repeat Dynamo's own guards.
+
+    An assert on a number read from a tensor is the model's own check of its inputs, and stays.
+    """
     dropped = 0
     for target in (aten._assert_tensor_metadata.default, aten._assert_scalar.default):
         for node in gm.graph.find_nodes(op="call_function", target=target):
-            if not node.users:
+            if not node.users and not any(reads_number(source) for source in node.all_input_nodes):
                 gm.graph.erase_node(node)
                 dropped += 1
     return dropped

@@ -15,7 +15,16 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from regate_fx.passes.axes import Axes, has_token
-from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_tensor, is_tensors, operator_name
+from regate_fx.passes.base import (
+    SCALARS_OF_TENSORS,
+    PassContext,
+    PassResult,
+    Refused,
+    fake,
+    is_tensor,
+    is_tensors,
+    operator_name,
+)
 from regate_fx.passes.rules import Kind
 from regate_fx.passes.token_axes import TokenAxes
 
@@ -71,6 +80,7 @@ class FindLayers:
         analysis: TokenAxes = ctx.findings["token_axes"]
         order = {node: index for index, node in enumerate(gm.graph.nodes)}
         content = _content(gm, analysis)
+        _refuse_numbers(content)
         attentions = _attentions(gm, analysis, content)
         loss = [node for node in content if analysis.kinds.get(node) is Kind.LOSS]
         if not attentions and not loss:
@@ -104,6 +114,14 @@ def _is_source(node: fx.Node, analysis: TokenAxes) -> bool:
     if operator_name(node) == "aten.embedding":
         return True
     return node.op == "placeholder" and fake(node).is_floating_point() and len(axes) == 3
+
+
+def _refuse_numbers(content: set[fx.Node]) -> None:
+    """A number read from token content is no tensor any more: where it goes, no analysis of axes follows."""
+    for node in content:
+        for user in node.users:
+            if user.target in SCALARS_OF_TENSORS:
+                raise Refused("number", f"{operator_name(user)} reads a number from token content", user)
 
 
 def _attentions(gm: fx.GraphModule, analysis: TokenAxes, content: set[fx.Node]) -> list[Attention]:

@@ -63,6 +63,7 @@ class GatedEngine:
         self.validation: str | None = None
         self._last: tuple[TokenPlan, Tensor | None] | None = None
         self._live = LivePlan()
+        self._has_run = False
         self._start(whole=True)
 
     def _start(self, whole: bool) -> None:
@@ -149,6 +150,7 @@ class GatedEngine:
             if is_random(self.model, inputs, self._untouched):
                 stack.enter_context(_evaluating(self.model))
                 gated = GatedEngine(self.model, replace(self.options, backend="eager", keep_logits=False))
+                gated._has_run = self._has_run
             return validate(self.model, inputs, gated._gated, self._untouched, gated._dense_reference)
 
     def _dense_reference(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput | None:
@@ -160,6 +162,7 @@ class GatedEngine:
                 return None
 
     def _untouched(self, plan: TokenPlan, inputs: dict[str, Any]) -> Any:
+        self._has_run = True
         return original_forward(self.model)(**(inputs | self._no_cache))
 
     def _gated(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
@@ -168,13 +171,18 @@ class GatedEngine:
         except (NotGateable, *_STATIC_SIZES) as error:
             # A break in the graph makes a model several graphs: the plan has to enter each, and a size that
             # passes from one to the next is taken for a constant.
-            if not self._whole or self._backend.captures.graphs < 2:
+            if not self._whole or not self._may_break(error):
                 raise _as_refusal(error) from error
-        self._start(whole=False)
-        try:
-            return self._call(plan, inputs)
-        except _STATIC_SIZES as error:
-            raise _as_refusal(error) from error
+        # What a model does in its first run only, hooks it installs and tables it fills, breaks no later capture.
+        self._start(whole=not self._has_run)
+        self._has_run = True
+        return self._gated(plan, inputs)
+
+    def _may_break(self, error: Exception) -> bool:
+        """Whether several graphs may succeed where one did not: it broke, or must break where it reads a number."""
+        captures = self._backend.captures
+        reads = any(refused.code == "number" for refused in captures.refusals)
+        return captures.graphs > 1 or reads or not isinstance(error, NotGateable)
 
     def _call(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
         captures = self._backend.captures
@@ -348,13 +356,17 @@ def _token_dims(name: str, value: Tensor, row_of: Tensor) -> list[tuple[int, int
     return []
 
 
-def _capture_config(whole: bool) -> Any:
+@contextlib.contextmanager
+def _capture_config(whole: bool) -> Iterator[None]:
     """Dynamo settings for our own capture, restored afterwards.
 
-    In a model that is several graphs, what passes from one to the next has symbolic sizes too.
+    In a model that is several graphs, what passes from one to the next has symbolic sizes too. Each is a symbol of its
+    own: as many image features as positions must not be taken for positions. In a single graph, numbers read from
+    tensors are captured too; vision-language models compare that of image positions with that of image features.
     """
-    return torch._dynamo.config.patch(
+    dynamo = torch._dynamo.config.patch(
         assume_static_by_default=whole,
+        capture_scalar_outputs=whole,
         specialize_int=not whole,
         force_nn_module_property_static_shapes=whole,
         optimize_ddp=False,
@@ -364,6 +376,8 @@ def _capture_config(whole: bool) -> Any:
         fail_on_recompile_limit_hit=True,
         specialize_float=True,
     )
+    with dynamo, torch.fx.experimental._config.patch(use_duck_shape=False):
+        yield
 
 
 def _logging_methods() -> set[Callable[..., Any]]:

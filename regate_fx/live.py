@@ -86,8 +86,19 @@ class LivePlan:
 
 
 def _entrances(model: nn.Module) -> list[tuple[nn.Module, int]]:
-    """The first module of every list of modules, with the list's length, and the head."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    entrances: list[tuple[nn.Module, int]] = [(modules[0], len(modules)) for modules in lists]
+    """The first module of every list of modules, with the list's length, and the head.
+
+    Where the model names its decoder, only the lists inside: in the layers of a vision tower a comparison with the
+    plan would tie the number of images to the batch size.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    lists = _lists(decoder) if isinstance(decoder, nn.Module) else []
+    entrances: list[tuple[nn.Module, int]] = [
+        (modules[0], len(modules)) for modules in lists or _lists(model)
+    ]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [*entrances, (head, 0)] if head is not None else entrances
+
+
+def _lists(model: nn.Module) -> list[nn.ModuleList]:
+    return [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]

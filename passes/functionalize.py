@@ -18,6 +18,7 @@ from regate_fx.passes.casts import pin_casts, release_casts
 from regate_fx.passes.functions import FUNCTION_APPLY, shield, unshield
 from regate_fx.passes.grad_mode import refuse_writes_without_grad
 from regate_fx.passes.numbers import pin_numbers
+from regate_fx.passes.vmaps import expand_vmaps
 
 aten = torch.ops.aten
 
@@ -36,6 +37,7 @@ class Functionalize:
     after: tuple[str, ...] = ("inline_checkpoints",)
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        expand_vmaps(gm)
         _refuse_higher_order(gm)
         refuse_writes_without_grad(gm)
         shielded = shield(gm)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from small_models import FIRST_WORD, PAD, VOCABULARY, Batch, Side, _spread_weights
+from small_models import FIRST_WORD, PAD, VOCABULARY, WINDOW, Batch, Side, _spread_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
@@ -134,6 +134,68 @@ VLMS: dict[str, SmallVlm] = {
             "image_token_id": IMAGE,
         },
         stacked(3 * PATCH, 9),
+    ),
+    "internvl": SmallVlm(
+        "internvl",
+        {
+            "text_config": {"model_type": "qwen3", **_TEXT},
+            "vision_config": {**_VISION, "image_size": 4 * PATCH},
+            "image_token_id": IMAGE,
+        },
+        stacked(4 * PATCH, 4),
+    ),
+    "smolvlm": SmallVlm(
+        "smolvlm",
+        {
+            "text_config": {"model_type": "llama", **_TEXT},
+            "vision_config": {**_VISION, "image_size": 4 * PATCH},
+            "image_token_id": IMAGE,
+            "pad_token_id": PAD,
+        },
+        padded(4 * PATCH, 4),
+    ),
+    "gemma3": SmallVlm(
+        "gemma3",
+        {
+            "text_config": {
+                **_TEXT,
+                "sliding_window": WINDOW,
+                "query_pre_attn_scalar": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "vision_config": {"model_type": "siglip_vision_model", **_VISION, "image_size": 4 * PATCH},
+            "image_token_index": IMAGE,
+            "mm_tokens_per_image": 4,
+        },
+        stacked(4 * PATCH, 4),
+        types="token_type_ids",
+    ),
+    "qwen2_vl": SmallVlm(
+        "qwen2_vl",
+        {
+            "text_config": {**_TEXT, "rope_parameters": _ROWS_AND_COLUMNS},
+            "vision_config": {**_QWEN_VISION, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2},
+            "image_token_id": IMAGE,
+        },
+        unrolled,
+        types="mm_token_type_ids",
+    ),
+    "qwen3_vl": SmallVlm(
+        "qwen3_vl",
+        {
+            "text_config": {**_TEXT, "rope_parameters": _ROWS_AND_COLUMNS},
+            "vision_config": {
+                **_QWEN_VISION,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+            "image_token_id": IMAGE,
+        },
+        unrolled,
+        types="mm_token_type_ids",
     ),
 }
 

@@ -184,8 +184,9 @@ class Rewriter:
         """Read again, even if the capture learned its value from an assert: that assert is to be checked."""
         if node.target in SCALARS_OF_TENSORS:
             return self.emit.call(node.target, self.value(node.args[0], Layout.DENSE))
-        operands = [self.symint(arg, layout) if isinstance(arg, fx.Node) else arg for arg in node.args]
-        return self.emit.call(node.target, *operands)
+        return self.emit.call(
+            node.target, *fx.map_arg(node.args, lambda argument: self.symint(argument, layout))
+        )
 
     def _size_of(self, node: fx.Node, layout: Layout) -> Any:
         source, dim = node.args

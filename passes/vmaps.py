@@ -70,7 +70,11 @@ def _cut_out(
 
 
 def _splice(
-    gm: fx.GraphModule, span: list[fx.Node], body: fx.GraphModule, inputs: list[fx.Node], results: list[fx.Node]
+    gm: fx.GraphModule,
+    span: list[fx.Node],
+    body: fx.GraphModule,
+    inputs: list[fx.Node],
+    results: list[fx.Node],
 ) -> None:
     """Write the nodes of `body` where the bracket was."""
     env = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
@@ -81,7 +85,9 @@ def _splice(
                 env[node] = gm.graph.node_copy(node, env.__getitem__)
                 env[node].meta = dict(kept, example_value=node.meta.get("val"))
             elif node.op not in ("placeholder", "output"):
-                raise Refused("functorch", f"a functorch transform (vmap) captures the constant {node.name}", span[0])
+                raise Refused(
+                    "functorch", f"a functorch transform (vmap) captures the constant {node.name}", span[0]
+                )
     for result, value in zip(results, body.graph.output_node().args[0], strict=True):
         result.replace_all_uses_with(env[value])
     for node in reversed(span):

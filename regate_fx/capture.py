@@ -17,7 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, UserError
-from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+from torch._dynamo.exc import Unsupported as DynamoUnsupported
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
 from regate_fx.backend import Captures, GatingBackend
 from regate_fx.errors import LayerRefusal, NotGateable, Unsupported
@@ -30,7 +31,7 @@ from regate_fx.plan import TokenPlan
 from regate_fx.report import Report
 from regate_fx.single_position import lengthen, shorten
 from regate_fx.summary import batch_tokens, fuller, summarise
-from regate_fx.validation import VALIDATED, is_random, validate
+from regate_fx.validation import VALIDATED, is_random, undisturbed, validate
 from regate_fx.wrapper import original_forward
 
 logger = logging.getLogger("regate_fx")
@@ -40,6 +41,8 @@ _TRACE_LIMIT = 64
 
 # What Dynamo raises when the capture needs a size to be a constant that was declared to vary.
 _STATIC_SIZES = (UserError, ConstraintViolationError)
+# The same, and what it raises where one graph was asked for and the code does not allow it.
+_NOT_WHOLE = (*_STATIC_SIZES, DynamoUnsupported, GuardOnDataDependentSymNode)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class GatedEngine:
         names = frozenset(inputs)
         if names not in self._runs:
             self._runs[names] = torch.compile(
-                _own_code(cast(types.FunctionType, _traced)), backend=self._backend
+                _own_code(cast(types.FunctionType, _traced)), backend=self._backend, fullgraph=self._whole
             )
         return self._runs[names]
 
@@ -168,21 +171,24 @@ class GatedEngine:
     def _gated(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
         try:
             return self._call(plan, inputs)
-        except (NotGateable, *_STATIC_SIZES) as error:
+        except (NotGateable, *_NOT_WHOLE) as error:
             # A break in the graph makes a model several graphs: the plan has to enter each, and a size that
             # passes from one to the next is taken for a constant.
             if not self._whole or not self._may_break(error):
                 raise _as_refusal(error) from error
-        # What a model does in its first run only, hooks it installs and tables it fills, breaks no later capture.
-        self._start(whole=not self._has_run)
-        self._has_run = True
+        if not self._has_run:
+            # What a model does in its first run only, hooks it installs and tables it fills, breaks no later capture.
+            with undisturbed(self.model), torch.no_grad():
+                self._untouched(plan, inputs)
+            self._start(whole=True)
+        else:
+            self._start(whole=False)
         return self._gated(plan, inputs)
 
     def _may_break(self, error: Exception) -> bool:
-        """Whether several graphs may succeed where one did not: it broke, or must break where it reads a number."""
-        captures = self._backend.captures
-        reads = any(refused.code == "number" for refused in captures.refusals)
-        return captures.graphs > 1 or reads or not isinstance(error, NotGateable)
+        """Whether several graphs may succeed where one did not: there was none, or it reads numbers from tensors."""
+        reads = any(refused.code == "number" for refused in self._backend.captures.refusals)
+        return reads or not isinstance(error, NotGateable)
 
     def _call(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
         captures = self._backend.captures
@@ -373,7 +379,7 @@ def _capture_config(whole: bool) -> Iterator[None]:
         ignore_logging_functions=_logging_methods(),
         recompile_limit=_TRACE_LIMIT,
         # Past the limit Dynamo would run the model without the passes, and without a word.
-        fail_on_recompile_limit_hit=True,
+        fail_on_recompile_limit_hit=whole,
         specialize_float=True,
     )
     with dynamo, torch.fx.experimental._config.patch(use_duck_shape=False):

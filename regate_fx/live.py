@@ -30,6 +30,7 @@ class LivePlan:
         self.token_loss: Tensor | None = None
         self.counted: Tensor | None = None
         self.depth = 0
+        self._apart: tuple[nn.Module, Callable[..., Any]] | None = None
 
     def enter(self, plan: TokenPlan, inputs: dict[str, Any]) -> None:
         self.plan = plan.tensors()
@@ -59,17 +60,38 @@ class LivePlan:
     @contextlib.contextmanager
     def anchored(self, model: nn.Module, everywhere: bool) -> Iterator[None]:
         """While active, and if `everywhere`: anchor again where hidden states enter a stack of layers or the head."""
-        handles = []
-        if everywhere:
-            handles = [
-                module.register_forward_pre_hook(self._hook(length), with_kwargs=True)
-                for module, length in _entrances(model)
-            ]
-        try:
+        if not everywhere:
             yield
+            return
+        handles = [
+            module.register_forward_pre_hook(self._hook(length), with_kwargs=True)
+            for module, length in _entrances(model)
+        ]
+        try:
+            with self._decoder_apart(model):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextlib.contextmanager
+    def _decoder_apart(self, model: nn.Module) -> Iterator[None]:
+        """While active, the decoder is captured by itself, and rows it picks by a mask are part of its graph.
+
+        Elsewhere picking them breaks the graph as it would without us: code of a vision tower branches on how many
+        there are.
+        """
+        decoder = _decoder(model)
+        if decoder is None or decoder is model or "forward" in vars(decoder):
+            yield
+            return
+        if self._apart is None or self._apart[0] is not decoder:
+            self._apart = decoder, _apart(decoder.forward)
+        decoder.forward = self._apart[1]
+        try:
+            yield
+        finally:
+            del decoder.forward
 
     def _hook(self, length: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -91,13 +113,28 @@ def _entrances(model: nn.Module) -> list[tuple[nn.Module, int]]:
     Where the model names its decoder, only the lists inside: in the layers of a vision tower a comparison with the
     plan would tie the number of images to the batch size.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    lists = _lists(decoder) if isinstance(decoder, nn.Module) else []
+    decoder = _decoder(model)
+    lists = _lists(decoder) if decoder is not None else []
     entrances: list[tuple[nn.Module, int]] = [
         (modules[0], len(modules)) for modules in lists or _lists(model)
     ]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [*entrances, (head, 0)] if head is not None else entrances
+
+
+def _decoder(model: nn.Module) -> nn.Module | None:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if isinstance(decoder, nn.Module) else None
+
+
+def _apart(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` as the start of a capture of its own, instead of a part of its caller's."""
+
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            return forward(*args, **kwargs)
+
+    return torch._dynamo.disable(alone, recursive=False)
 
 
 def _lists(model: nn.Module) -> list[nn.ModuleList]:

@@ -54,7 +54,7 @@ def validate(model: nn.Module, inputs: dict[str, Any], gated: Call, untouched: C
     batch = _small_batch(inputs)
     if batch is None:
         return "not validated: the batch is large, and inputs beside tokens cannot be cut to a part of it"
-    with _undisturbed(model):
+    with undisturbed(model):
         everything = torch.ones_like(batch["labels"], dtype=torch.bool)
         plan = make_plan(everything, _padding(batch))
         output = gated(plan, batch)
@@ -82,7 +82,7 @@ def is_random(model: nn.Module, inputs: dict[str, Any], untouched: Call) -> bool
     batch = _small_batch(inputs)
     if batch is None:
         return False
-    with _undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad():
         plan = make_plan(torch.ones_like(batch["labels"], dtype=torch.bool), _padding(batch))
         return untouched(plan, batch).loss.item() != untouched(plan, batch).loss.item()
 
@@ -129,7 +129,7 @@ def _cut(value: Any, samples: Tensor, window: slice, batch: int, length: int) ->
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Restore random state and buffers afterwards; gradients are taken without touching `.grad`."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

@@ -18,6 +18,7 @@ from regate_fx.passes.dense_reference import DenseReference
 from regate_fx.passes.elide import ElideTokens
 from regate_fx.passes.functionalize import Functionalize
 from regate_fx.passes.layers import FindLayers
+from regate_fx.passes.masked_rows import AddMaskedRows
 from regate_fx.passes.masks import ProveMasks
 from regate_fx.passes.placement import Place
 from regate_fx.passes.plan_nodes import FindPlan
@@ -30,6 +31,7 @@ NORMALISE: tuple[Pass, ...] = (
     InlineCheckpoints(),  # first: export rejects checkpoint nodes, and layers inside them are to be found
     Functionalize(),  # before any analysis: an in-place write is a dependence without an edge
     OpenBrackets(),  # before nodes are inserted: a bracket would change what an inserted node means
+    AddMaskedRows(),  # last: it matches functional operators
 )
 ANALYSE: tuple[Pass, ...] = (
     FindPlan(),  # names the symbols that all later passes speak of

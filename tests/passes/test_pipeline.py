@@ -15,6 +15,7 @@ from regate_fx.passes.base import PassContext, PassResult, Refused, operator_nam
 from regate_fx.passes.brackets import OpenBrackets
 from regate_fx.passes.checkpointing import InlineCheckpoints
 from regate_fx.passes.functionalize import Functionalize
+from regate_fx.passes.masked_rows import AddMaskedRows
 from regate_fx.passes.pipeline import NORMALISE, PIPELINE, run_passes
 from regate_fx.passes.token_axes import AnalyseTokenAxes
 
@@ -58,7 +59,7 @@ def test_a_failing_pass_is_named_with_those_before_it() -> None:
     with pytest.raises(PassFailed, match=r"'does' failed after .*KeyError") as caught:
         run_on(decoder(layers=1), batch(), (*NORMALISE, Does(fail)))
     assert caught.value.name == "does"
-    assert caught.value.before == ("inline_checkpoints", "functionalize", "open_brackets")
+    assert caught.value.before == tuple(step.name for step in NORMALISE)
     assert isinstance(caught.value.__cause__, KeyError)
 
 
@@ -94,8 +95,13 @@ def test_rewrites_and_seconds_are_kept_for_every_pass_and_dumps_are_called() -> 
     assert dumped == ["inline_checkpoints"]
 
 
-def test_normalisation_is_the_first_three_passes() -> None:
-    assert [type(step) for step in NORMALISE] == [InlineCheckpoints, Functionalize, OpenBrackets]
+def test_normalisation_is_the_first_four_passes() -> None:
+    assert [type(step) for step in NORMALISE] == [
+        InlineCheckpoints,
+        Functionalize,
+        OpenBrackets,
+        AddMaskedRows,
+    ]
 
 
 def test_a_node_is_described_by_its_operator_and_its_source_line() -> None:

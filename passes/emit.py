@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 
 from regate_fx.passes.base import fake
 
@@ -43,6 +44,9 @@ class Emitter:
         # The Python dispatcher brings decompositions that keep sizes symbolic where C++ kernels would read them.
         with self._fake_mode, enable_python_dispatcher(), _autocast(node.meta.get("autocast", ())):
             node.meta["val"] = target(*values, **named)
+        # A number read from a tensor has a symbol of its own, which a later capture looks for at this node.
+        if bindings := compute_unbacked_bindings(self._fake_mode.shape_env, node.meta["val"]):
+            node.meta["unbacked_bindings"] = bindings
         return node
 
     def attribute(self, name: str, value: Any) -> fx.Node:

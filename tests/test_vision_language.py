@@ -84,12 +84,14 @@ def test_other_sizes_cost_no_trace(name: str, generator: torch.Generator) -> Non
     assert gated.report.traces <= settled + 1
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_backends(backend: str, generator: torch.Generator) -> None:
-    model = build_vlm("llava")
+@pytest.mark.parametrize(
+    ("name", "backend"), [*((name, "aot_eager") for name in VLMS), ("llava", "inductor")]
+)
+def test_backends(name: str, backend: str, generator: torch.Generator) -> None:
+    model = build_vlm(name)
     gated = regate_fx.compile(model, backend=backend)
-    for batch in image_batches("llava", generator)[:2]:
-        check_image_step(gated, model, VLMS["llava"], batch, backend)
+    for batch in image_batches(name, generator)[:2]:
+        check_image_step(gated, model, VLMS[name], batch, backend)
     check_the_decoder_alone_is_gated(gated)
 
 

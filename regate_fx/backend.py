@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from regate_fx.errors import NotGateable, PassFailed
 from regate_fx.passes.base import Pass, PassContext, Refused
@@ -38,12 +40,14 @@ class GatingBackend:
 
     compiler: name of a registered Dynamo backend, or a backend itself. A graph that does not hold the token plan,
     or cannot be gated, is compiled as captured; whether that is acceptable is for the caller to decide.
+    whole: one graph was asked for, that may have sizes read from data where several would have broken instead.
     referable: keep what it takes to compute the dense reference of graphs captured from now on.
     """
 
     compiler: str | Compiled
     passes: Sequence[Pass] = PIPELINE
     captures: Captures = field(default_factory=Captures)
+    whole: bool = False
     referable: bool = False
     is_referring: bool = False
 
@@ -81,9 +85,13 @@ class GatingBackend:
                 normalised.append(_copy(graph_module))
 
         try:
+            if self.whole:
+                _refuse_sizes_from_data(gm)
             run = run_passes(_copy(gm), PassContext(), self.passes, dump=keep)
         except Refused as refused:
             self.captures.refusals.append(refused)
+            if self.whole and refused.code == "number":
+                raise NotGateable([refused.refusal()]) from refused  # to be captured otherwise, not to run
             return None
         except PassFailed as failed:
             self.captures.refusals.append(Refused("pass-failed", str(failed)))
@@ -93,6 +101,14 @@ class GatingBackend:
 
     def _compiler(self) -> Compiled:
         return lookup_backend(self.compiler) if isinstance(self.compiler, str) else self.compiler
+
+
+def _refuse_sizes_from_data(gm: fx.GraphModule) -> None:
+    """Inductor fails on some operators of such sizes (a convolution over as many images as a mask leaves)."""
+    for node in gm.graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and free_unbacked_symbols(value):
+            raise Refused("number", "a size is read from data", node)
 
 
 def _dense_reference(normalised: list[fx.GraphModule]) -> Compiled:

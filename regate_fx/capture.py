@@ -74,7 +74,7 @@ class GatedEngine:
         self._whole = whole
         passes = REFERENCE if self.options.reference else PIPELINE
         referable = self.options.validate and not self.options.reference
-        self._backend = GatingBackend(self.options.backend, passes, referable=referable)
+        self._backend = GatingBackend(self.options.backend, passes, whole=whole, referable=referable)
         self._graphs: list[PipelineRun] = []
         self._runs: dict[frozenset[str], Callable[..., Any]] = {}
 

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from regate_fx.capture import GatedEngine, Options
+from regate_fx.errors import InvalidInput
 from regate_fx.explain import explain
-from regate_fx.wrapper import ungated, wrap
+from regate_fx.wrapper import Gate, ungated, wrap
 
 __all__ = ["compile", "explain"]
 
@@ -21,6 +22,7 @@ def compile(
     keep_logits: bool = False,
     validate: bool = True,
     reference: bool = False,
+    gate: Gate | None = None,
 ) -> Any:
     """Return `model` with one more argument, `token_mask`: the decoder computes only the positions it keeps.
 
@@ -31,10 +33,17 @@ def compile(
                  that could train the model; raises `ValidationFailed` there.
     reference:   compute the dense reference instead: every position, elided ones hidden from attention and held
                  constant through the layers. Slow; for finding out which of the two is wrong. Fills no `token_loss`.
+    gate:        a `regate_fx.runtime.ReGate`. In training mode it chooses the mask of every batch, which then has to
+                 carry `sample_id`, and takes in its losses; in evaluation the untouched model runs.
 
     `gated(input_ids=..., labels=..., token_mask=mask)`, mask bool [B, S], returns an output with `loss` (mean over
     counted labels), `token_loss` float32 [B, S] and `counted` bool [B, S]. Without `token_mask` the untouched
     model runs. Capture happens at the first gated call; `NotGateable` is raised there if no layer can be gated.
     """
     original = ungated(model)
-    return wrap(original, GatedEngine(original, Options(backend, keep_logits, validate, reference)))
+    if gate is not None and reference:
+        raise InvalidInput(
+            "reference", "is True together with a gate, which needs per-token losses.", "Drop one."
+        )
+    engine = GatedEngine(original, Options(backend, keep_logits, validate, reference))
+    return wrap(original, engine, gate)

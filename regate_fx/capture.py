@@ -10,7 +10,7 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from regate_fx.backend import Captures, GatingBackend
 from regate_fx.errors import LayerRefusal, NotGateable, Unsupported
 from regate_fx.inputs import own_signature
 from regate_fx.live import LivePlan
+from regate_fx.modes import evaluating
 from regate_fx.outputs import GatedOutput
 from regate_fx.passes.base import Refused
 from regate_fx.passes.pipeline import PIPELINE, REFERENCE, PipelineRun
@@ -151,7 +152,7 @@ class GatedEngine:
         gated = self
         with contextlib.ExitStack() as stack:
             if is_random(self.model, inputs, self._untouched):
-                stack.enter_context(_evaluating(self.model))
+                stack.enter_context(evaluating(self.model))
                 gated = GatedEngine(self.model, replace(self.options, backend="eager", keep_logits=False))
                 gated._has_run = self._has_run
             return validate(self.model, inputs, gated._gated, self._untouched, gated._dense_reference)
@@ -260,19 +261,6 @@ def _too_many_traces() -> Unsupported:
         "something beside batch size and sequence length changes from call to call.",
         "TORCH_LOGS=recompiles names it.",
     )
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for all modules, each one's own mode restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _as_refusal(error: Exception) -> Exception:

@@ -32,6 +32,14 @@ class Unsupported(RegateError, NotImplementedError):
         super().__init__(f"{what} is not supported: {why} {remedy}")
 
 
+class StoreMismatch(RegateError):
+    """Reference losses, or a saved state, are not there or belong to something else. `where` names the place."""
+
+    def __init__(self, where: str, problem: str, remedy: str) -> None:
+        self.where = where
+        super().__init__(f"{where}: {problem} {remedy}")
+
+
 @dataclass(frozen=True)
 class LayerRefusal:
     """Why one layer (or the graph as a whole, `layer=None`) is not gated.

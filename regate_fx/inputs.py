@@ -85,14 +85,19 @@ def gated_signature(signature: Signature) -> Signature:
 
 
 def check_call(
-    signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], token_mask: object, config: object
+    signature: Signature,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    token_mask: object,
+    config: object,
+    sizes: tuple[int, int] | None = None,
 ) -> GatedCall:
     """Bind and check the arguments of a gated call, and build its plan.
 
-    signature is the model's own; token_mask: bool [B, S]; config is the model's, or None.
+    signature is the model's own; token_mask: bool [B, S]; config is the model's, or None; sizes as in `make_plan`.
     Raises `InvalidInput` or `Unsupported` with the name of the argument, `TypeError` as any Python call does.
     """
-    inputs = _bind(signature, args, kwargs)
+    inputs = bind(signature, args, kwargs)
     by_default = getattr(config, "return_dict", True)
     return_dict = inputs.pop("return_dict", by_default)
     if not by_default:
@@ -104,10 +109,11 @@ def check_call(
     attention_mask = _padding_mask(mask_name, inputs.get(mask_name), tokens)
     if "labels" in inputs:
         _check_labels(inputs["labels"], tokens)
-    return GatedCall(make_plan(checked, attention_mask), inputs, as_tuple=not return_dict)
+    return GatedCall(make_plan(checked, attention_mask, sizes), inputs, as_tuple=not return_dict)
 
 
-def _bind(signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def bind(signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, without None. Raises `InvalidInput` for one that has no name."""
     inputs: dict[str, Any] = {}
     for name, value in signature.bind(*args, **kwargs).arguments.items():
         kind = signature.parameters[name].kind

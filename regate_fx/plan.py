@@ -64,16 +64,20 @@ def check_token_mask(token_mask: object, batch: int, length: int, device: torch.
     return token_mask
 
 
-def make_plan(token_mask: Tensor, attention_mask: Tensor | None = None) -> TokenPlan:
+def make_plan(
+    token_mask: Tensor, attention_mask: Tensor | None = None, sizes: tuple[int, int] | None = None
+) -> TokenPlan:
     """Build the plan of one batch.
 
     token_mask: bool [B, S]; attention_mask: [B, S], zero at padding, or None. Padding is never active.
-    Raises `InvalidInput` when no position is left. Waits for the device once, to learn N and L.
+    sizes: N and L, where the caller knows them; otherwise this waits for the device once to learn them.
+    Raises `InvalidInput` when no position is left, or where `sizes` are not those of the mask (on an accelerator that
+    is an asynchronous assertion).
     """
     active = token_mask if attention_mask is None else token_mask & (attention_mask != 0)
     B, S = active.shape
-    rows = active.flatten().nonzero().squeeze(1)
-    N = rows.shape[0]
+    counts = active.sum(1)
+    N, L = _measure(counts) if sizes is None else _asserted(sizes, counts)
     if N == 0:
         raise InvalidInput(
             "token_mask",
@@ -81,8 +85,7 @@ def make_plan(token_mask: Tensor, attention_mask: Tensor | None = None) -> Token
             "Keep at least one position that attention_mask does not mark as padding.",
         )
     device = active.device
-    counts = active.sum(1)
-    L = int(counts.max())
+    rows = active.flatten().nonzero_static(size=N).squeeze(1)
     ends = counts.cumsum(0)
     cu_seqlens = torch.zeros(B + 1, dtype=torch.int32, device=device)
     cu_seqlens[1:] = ends
@@ -94,3 +97,27 @@ def make_plan(token_mask: Tensor, attention_mask: Tensor | None = None) -> Token
     slot_rows = torch.full((B * L,), -1, dtype=torch.int64, device=device)
     slot_rows[row_slots] = packed
     return TokenPlan(rows, row_of.view(B, S), cu_seqlens, slot_rows.view(B, L), row_slots)
+
+
+def _measure(counts: Tensor) -> tuple[int, int]:
+    """N and L of active positions per sample (int64 [B]), in one transfer."""
+    if len(counts) == 0:
+        return 0, 0
+    N, L = torch.stack([counts.sum(), counts.max()]).tolist()
+    return N, L
+
+
+def _asserted(sizes: tuple[int, int], counts: Tensor) -> tuple[int, int]:
+    fits = (counts.sum() == sizes[0]) & (counts.max() == sizes[1])
+    if counts.device.type != "cpu":
+        torch._assert_async(
+            fits, "token_mask does not have as many active positions as were counted on the host"
+        )
+    elif not bool(fits):
+        raise InvalidInput(
+            "token_mask",
+            f"was counted as {sizes[0]} active positions, at most {sizes[1]} of a sample; it has "
+            f"{int(counts.sum())}, at most {int(counts.max())}.",
+            "Do not change attention_mask or labels after the batch was collated.",
+        )
+    return sizes

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, Signature
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from regate_fx.errors import Unsupported
-from regate_fx.inputs import check_call, gated_signature, own_signature
+from regate_fx.errors import InvalidInput, Unsupported
+from regate_fx.inputs import bind, check_call, gated_signature, own_signature
 from regate_fx.plan import TokenPlan
 
 
@@ -45,11 +45,35 @@ class Engine(Protocol):
     def report(self) -> Any: ...
 
 
+class Choice(Protocol):
+    """token_mask: bool [B, S]; active: N and L where they are known on the host, see `make_plan`."""
+
+    @property
+    def token_mask(self) -> Tensor: ...
+
+    @property
+    def active(self) -> tuple[int, int] | None: ...
+
+
+class Gate(Protocol):
+    """Chooses the positions to compute in training, from batches that carry `sample_id`."""
+
+    def follow(self, model: nn.Module) -> None:
+        """Called before each choice, to notice that an optimizer has stepped."""
+
+    def choose(self, batch: Mapping[str, Any]) -> Choice:
+        """The positions to compute for a batch: the arguments of the call by name, `sample_id` among them."""
+
+    def take_in(self, choice: Any, output: Any) -> None:
+        """Called with the choice and what the call is about to return."""
+
+
 @dataclass
 class _Gating:
     original: nn.Module
     engine: Engine
     signature: Signature
+    gate: Gate | None = None
     enabled: bool = True
     override: Callable[..., Any] | None = None
     base: nn.Module | None = None
@@ -120,7 +144,7 @@ class Gated(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         gating = self._regate
-        made_from = gating.original, gating.engine.fresh(gating.original), gating.enabled
+        made_from = gating.original, gating.engine.fresh(gating.original), gating.enabled, gating.gate
         # The override goes as state, not as an argument: it may refer to this object.
         return _rebuild, made_from, gating.override
 
@@ -132,7 +156,7 @@ class Gated(nn.Module):
         return _attach(object.__new__(type(self)), replica, self._regate, self._regate.override)
 
 
-def wrap(model: nn.Module, engine: Engine) -> nn.Module:
+def wrap(model: nn.Module, engine: Engine, gate: Gate | None = None) -> nn.Module:
     """A gated object that shares everything with `model`, which stays usable and untouched.
 
     A gated `model` is wrapped anew around the user's own object; an engine bound to another is made fresh.
@@ -140,7 +164,7 @@ def wrap(model: nn.Module, engine: Engine) -> nn.Module:
     part, or is data-parallel already.
     """
     _check_model(model)
-    return _wrap(ungated(model), engine)
+    return _wrap(ungated(model), engine, gate)
 
 
 def ungated(model: nn.Module) -> nn.Module:
@@ -183,12 +207,12 @@ def _parallel_classes() -> tuple[type, ...]:
     return classes
 
 
-def _wrap(original: nn.Module, engine: Engine) -> Gated:
+def _wrap(original: nn.Module, engine: Engine, gate: Gate | None = None) -> Gated:
     # Nothing here may need what `original` holds: in the middle of unpickling it can still be empty.
     signature = own_signature(original)
     bound = engine if engine.model is original else engine.fresh(original)
     gated = object.__new__(_gated_class(type(original), signature))
-    _share(gated, _Gating(original, bound, signature))
+    _share(gated, _Gating(original, bound, signature, gate))
     return gated
 
 
@@ -212,9 +236,16 @@ def _forward_function(own_class: type[nn.Module], signature: Signature) -> Calla
     # It takes anything: a call without token_mask is for the user's model alone to accept or refuse.
     def forward(self: Gated, *args: Any, token_mask: Any = None, sample_id: Any = None, **kwargs: Any) -> Any:
         gating = self._regate
-        if not gating.enabled or (token_mask is None and sample_id is None):
+        if not gating.enabled:
             return gating.original.forward(*args, **kwargs)
-        return _gated_call(self, args, kwargs, token_mask, sample_id)
+        if sample_id is not None:
+            _check_sample_id(gating.gate, token_mask)
+        if token_mask is not None:
+            return _as_asked(*_gated_call(self, args, kwargs, token_mask))
+        trains = self.training and (sample_id is not None or _labelled(signature, args, kwargs))
+        if gating.gate is None or not trains:
+            return gating.original.forward(*args, **kwargs)
+        return _as_asked(*_selected_call(self, gating.gate, args, kwargs, sample_id))
 
     shown = gated_signature(signature)
     owner = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
@@ -226,15 +257,53 @@ def _forward_function(own_class: type[nn.Module], signature: Signature) -> Calla
     return forward
 
 
-def _gated_call(
-    gated: Gated, args: tuple[Any, ...], kwargs: dict[str, Any], token_mask: Any, sample_id: Any
-) -> Any:
-    if sample_id is not None:
+def _check_sample_id(gate: Gate | None, token_mask: Any) -> None:
+    if gate is None:
         raise Unsupported(
             "sample_id",
             "only a gate can use it, and this model was compiled without one.",
             "Compile it with gate=..., or leave sample_id out.",
         )
+    if token_mask is not None:
+        raise InvalidInput(
+            "token_mask",
+            "was given together with sample_id.",
+            "Choose the mask yourself, or let the gate do it.",
+        )
+
+
+def _labelled(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    given = signature.bind_partial(*args).arguments.get("labels") if args else None
+    return given is not None or kwargs.get("labels") is not None
+
+
+def _selected_call(
+    gated: Gated, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any], sample_id: Any
+) -> tuple[Any, bool]:
+    """A training call whose mask the gate chooses."""
+    batch = bind(gated._regate.signature, args, kwargs)
+    if "num_items_in_batch" in batch:
+        raise Unsupported(
+            "num_items_in_batch with a gate",
+            "it counts labels that the gate does not count, and the loss would shrink with the share of them.",
+            "Leave it out: the loss is the mean over counted labels. For Trainer, set "
+            "trainer.model_accepts_loss_kwargs = False.",
+        )
+    gate.follow(gated)
+    choice = gate.choose({**batch, "sample_id": sample_id})
+    output, as_tuple = _gated_call(gated, args, kwargs, choice.token_mask, choice.active)
+    gate.take_in(choice, output)
+    return output, as_tuple
+
+
+def _gated_call(
+    gated: Gated,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    token_mask: Any,
+    sizes: tuple[int, int] | None = None,
+) -> tuple[Any, bool]:
+    """The output of a gated call, and whether the caller wants a tuple."""
     if getattr(gated, "_is_replica", False):
         raise Unsupported(
             "token_mask under nn.DataParallel",
@@ -248,9 +317,13 @@ def _gated_call(
             "Use another kind of adapter.",
         )
     gating = gated._regate
-    call = check_call(gating.signature, args, kwargs, token_mask, getattr(gated, "config", None))
-    output = gating.engine(call.plan, call.inputs)
-    return output.to_tuple() if call.as_tuple else output
+    config = getattr(gated, "config", None)
+    call = check_call(gating.signature, args, kwargs, token_mask, config, sizes)
+    return gating.engine(call.plan, call.inputs), call.as_tuple
+
+
+def _as_asked(output: Any, as_tuple: bool) -> Any:
+    return output.to_tuple() if as_tuple else output
 
 
 def _gated_base_model(self: Gated) -> nn.Module:
@@ -258,7 +331,7 @@ def _gated_base_model(self: Gated) -> nn.Module:
     gating = self._regate
     base = gating.original.get_base_model()
     if gating.base is None or ungated(gating.base) is not base:
-        gating.base = _wrap(base, gating.engine.fresh(base))
+        gating.base = _wrap(base, gating.engine.fresh(base), gating.gate)
     return gating.base
 
 
@@ -268,11 +341,12 @@ def _share(gated: Gated, gating: _Gating) -> None:
 
 
 def _attach(gated: Gated, original: nn.Module, like: _Gating, override: Callable[..., Any] | None) -> Gated:
-    _share(gated, _Gating(original, like.engine.fresh(original), like.signature, like.enabled, override))
+    engine = like.engine.fresh(original)
+    _share(gated, _Gating(original, engine, like.signature, like.gate, like.enabled, override))
     return gated
 
 
-def _rebuild(original: nn.Module, engine: Engine, enabled: bool) -> Gated:
-    gated = _wrap(original, engine)
+def _rebuild(original: nn.Module, engine: Engine, enabled: bool, gate: Gate | None) -> Gated:
+    gated = _wrap(original, engine, gate)
     gated.gating = enabled
     return gated

@@ -15,7 +15,7 @@ settings.register_profile(
     "suite",
     deadline=None,
     derandomize=True,
-    max_examples=10,
+    max_examples=6,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=_SLOW,
 )

@@ -132,7 +132,7 @@ def test_aot_eager(name: str, generator: torch.Generator) -> None:
 
 
 def test_many_models_in_one_process(generator: torch.Generator) -> None:
-    for seed in range(10):  # one code object may hold eight graphs by default
+    for seed in range(9):  # one code object may hold eight graphs by default
         model = build("llama", seed=seed, num_hidden_layers=1)
         gated = regate_fx.compile(model, backend="eager", validate=False)
         batch = random_batch(generator, 2 + seed % 3, 7 + seed)

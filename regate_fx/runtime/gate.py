@@ -1,0 +1,217 @@
+"""The gate: from a batch to its token mask, and from its losses back to the difficulty of its labels.
+
+Shapes: B rows, S positions, G documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regate_fx.errors import InvalidInput, StoreMismatch
+from regate_fx.runtime.collate import Collator
+from regate_fx.runtime.difficulty import Difficulty
+from regate_fx.runtime.rules import Alignment, TokenRules
+from regate_fx.runtime.samples import Samples, describe, labels_of
+from regate_fx.runtime.schedule import DualCycle
+from regate_fx.runtime.select import Combination, Scoring, keep_top, kept_counts
+from regate_fx.runtime.steps import OptimizerSteps
+from regate_fx.runtime.store import ReferenceLosses
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a gate chose for one batch.
+
+    token_mask: bool [B, S]
+    samples:    of the batch, on the device of the mask
+    ratio:      share of the candidates that was kept
+    active:     number of active positions, and the most of one row, as counted on the host; None where only the
+                mask can tell
+    """
+
+    token_mask: Tensor
+    samples: Samples
+    ratio: float
+    active: tuple[int, int] | None
+
+
+class ReGate:
+    """Selects the tokens that teach (ReGATE, arXiv 2507.21420).
+
+        gate = ReGate(losses, special_ids=tokenizer.all_special_ids)
+        gated = regate_fx.compile(model, gate=gate)
+        for batch in DataLoader(data, batch_size=8, collate_fn=gate.collate):
+            gated(**batch).loss.backward()
+
+    In training mode the gated model selects before and observes after each call, and finds out by itself when an
+    optimizer has stepped. In a loop of your own, call `select`, `observe` and, after `optimizer.step()`, `step`.
+    """
+
+    def __init__(
+        self,
+        losses: ReferenceLosses,
+        *,
+        schedule: DualCycle | None = None,
+        weight: float = 0.5,
+        combine: Combination = "additive",
+        beta: float = 0.9,
+        special_ids: Iterable[int] | None = None,
+        visual_ids: Iterable[int] | None = None,
+        align: Alignment = "predictor",
+        shifted: bool = True,
+        collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Nothing is read or computed yet.
+
+        losses:      the teacher's, from `teacher_losses` or `ReferenceLosses.open`
+        schedule:    when to keep which share, by default the paper's
+        weight:      lambda, the weight of the reference loss; combine: "additive" or "convex", see `Scoring`
+        beta:        decay of the running mean of the student's losses
+        special_ids: labels that are always counted; by default those that the teacher pass recorded
+        visual_ids:  input ids that stand for images or video; by default likewise
+        align:       the position that a selected label keeps active, see `TokenRules`
+        shifted:     the model predicts label t at position t - 1
+        collator:    makes a batch of a list of examples without their `sample_id`; by default transformers' own
+
+        Raises `InvalidInput` that names the argument.
+        """
+        recorded = losses.about
+        self.losses = losses
+        self.schedule = schedule or DualCycle()
+        self.scoring = Scoring(combine, weight)
+        self.rules = TokenRules(
+            tuple(recorded.get("special_ids", ()) if special_ids is None else special_ids),
+            tuple(recorded.get("visual_ids", ()) if visual_ids is None else visual_ids),
+            align,
+            shifted,
+        )
+        self.difficulty = Difficulty(losses.losses.numel(), beta)
+        self.global_step = 0
+        self.collate = Collator(self.rules, losses, collator)
+        self._steps = OptimizerSteps()
+        self._last: Choice | None = None
+        self._pairing_known = False
+
+    def select(self, batch: Mapping[str, Any]) -> Tensor:
+        """bool [B, S]: the positions to compute in this step, for `gated(..., token_mask=mask)`.
+
+        batch: `labels`, `sample_id` and what the model takes. Deterministic. A batch from `collate` is selected
+        from without waiting for the device; otherwise its labels are brought to the host first.
+        Raises `InvalidInput`, see `describe`.
+        """
+        return self.choose(batch).token_mask
+
+    def choose(self, batch: Mapping[str, Any]) -> Choice:
+        """`select`, with what else the compiled model can use."""
+        samples = self._samples(batch)
+        ratio = self.schedule.ratio(self.global_step)
+        mask = samples.real if ratio == 1.0 else self._sparse(samples, ratio)
+        self._last = Choice(mask, samples, ratio, samples.counts.active(ratio))
+        return self._last
+
+    def _sparse(self, samples: Samples, ratio: float) -> Tensor:
+        ema = samples.by_document(self.difficulty.look_up(samples.slot), torch.nan)
+        score = self.scoring.score(ema, samples.by_document(samples.reference, 0.0))
+        candidate = samples.by_document(samples.candidate, False)
+        kept = keep_top(score, candidate, kept_counts(samples.candidates, ratio))
+        return samples.always | self.rules.positions(samples.by_position(kept))
+
+    def observe(self, batch: Mapping[str, Any], output: Any) -> None:
+        """Take in the losses of a step.
+
+        output: what the gated model returned for `batch`, with `token_loss` and `counted`.
+        Raises `InvalidInput` for losses that are NaN or infinite (see `Difficulty.update`), and at the first call
+        where the model pairs labels with other positions than `shifted` says.
+        """
+        self._observe(self._samples(batch), output)
+
+    def take_in(self, choice: Choice, output: Any) -> None:
+        """`observe` for a batch that was chosen from with `choose`."""
+        self._observe(choice.samples, output)
+
+    def _observe(self, samples: Samples, output: Any) -> None:
+        token_loss, counted = getattr(output, "token_loss", None), getattr(output, "counted", None)
+        if token_loss is None or counted is None:
+            raise InvalidInput(
+                "output", "has no token_loss and counted.", "Pass what the gated model returned for labels."
+            )
+        self._check_pairing(samples, counted)
+        self.difficulty.update(samples.slot, token_loss, counted & samples.observed, samples.ids)
+
+    def step(self) -> None:
+        """Count one optimizer step. A model compiled with this gate does it by itself."""
+        self.global_step += 1
+
+    def follow(self, model: nn.Module) -> None:
+        """Count an optimizer step if `model` was written to since the last call and nobody else counted it."""
+        self.global_step = self._steps.count(model, self.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes in training: the step and the difficulties, with what they belong to."""
+        return {
+            "global_step": self.global_step,
+            "ema": self.difficulty.ema.detach().cpu().clone(),
+            "fingerprint": self.losses.fingerprint,
+            "settings": self._settings(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state. Raises `StoreMismatch` for one of other reference losses, `InvalidInput` for one of
+        other settings: both would train on another selection without a word."""
+        if state["fingerprint"] != self.losses.fingerprint:
+            raise StoreMismatch(
+                "the state of the gate",
+                "it belongs to other reference losses.",
+                "Open the store it was trained with.",
+            )
+        settings = self._settings()
+        changed = sorted(name for name in settings if state["settings"].get(name) != settings[name])
+        if changed:
+            raise InvalidInput(
+                changed[0],
+                f"differs from the saved run, as does all of {changed}.",
+                "Use the saved run's settings.",
+            )
+        self.difficulty.load(state["ema"])
+        self.global_step = state["global_step"]
+        self._steps = OptimizerSteps()
+
+    def _settings(self) -> dict[str, Any]:
+        settings = asdict(self.schedule) | asdict(self.scoring) | asdict(self.rules)
+        return settings | {"beta": self.difficulty.beta}
+
+    def _samples(self, batch: Mapping[str, Any]) -> Samples:
+        labels = labels_of(batch)
+        given = batch.get("sample_id")
+        samples = given if isinstance(given, Samples) else describe(batch, self.rules, self.losses)
+        if labels.shape != samples.slot.shape:
+            raise InvalidInput(
+                "sample_id",
+                f"was collated for labels {list(samples.slot.shape)}, these are {list(labels.shape)}.",
+                "Change batches before `gate.collate` sees them, or pass plain ids.",
+            )
+        return (
+            samples if samples.slot.device == labels.device else samples.to(labels.device, non_blocking=True)
+        )
+
+    def _check_pairing(self, samples: Samples, counted: Tensor) -> None:
+        """Once, at the first sparse step: candidates are counted where `shifted` says that they are predicted."""
+        chosen = self._last
+        if self._pairing_known or chosen is None or chosen.ratio == 1.0:
+            return
+        if chosen.token_mask.shape != counted.shape:
+            return
+        expected = self.rules.predicted(chosen.token_mask)
+        if bool(((counted != expected) & samples.candidate).any()):
+            raise InvalidInput(
+                "shifted",
+                f"is {self.rules.shifted}, but the model counted other labels than those predicted at the "
+                "active positions.",
+                f"Make the gate with shifted={not self.rules.shifted}, and call observe after each select.",
+            )
+        self._pairing_known = True

@@ -1,0 +1,222 @@
+"""What selection has to know of a batch, worked out on the host, where the batch is collated.
+
+Shapes: B rows, S positions, G documents (one a row, or several in a packed row).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from regate_fx.errors import InvalidInput
+from regate_fx.runtime.rules import Documents, Roles, TokenRules, assign_roles, documents
+from regate_fx.runtime.store import ReferenceLosses
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of one batch: which they are, what selection may do with their tokens, what the teacher said.
+
+    It travels in the batch under `sample_id`. The tensors below move with it; `ids` and the counts stay on the host.
+
+    always:     bool [B, S]     positions computed in every step
+    real:       bool [B, S]     positions that are no padding
+    candidate:  bool [B, S]     labels that compete for being kept
+    observed:   bool [B, S]     labels whose loss updates their difficulty; of a sample that comes twice, the last
+    slot:       int64 [B, S]    number of each label in the data set, -1 where there is none
+    reference:  float32 [B, S]  the teacher's loss on each label, 0 where there is none
+    group:      int64 [B, S]    the document of each position
+    candidates: int64 [G]       candidates of each document
+    ids:        int64 [B, S]    sample id of each position
+    """
+
+    always: Tensor
+    real: Tensor
+    candidate: Tensor
+    observed: Tensor
+    slot: Tensor
+    reference: Tensor
+    group: Tensor
+    candidates: Tensor
+    ids: Tensor
+    packed: bool
+    counts: Counts
+
+    def to(self, device: Any, non_blocking: bool = False) -> Self:
+        """The same samples with what selection reads on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def by_document(self, values: Tensor, fill: float | bool) -> Tensor:
+        """[G, S] of values [B, S]: each document in a row of its own, at its own positions."""
+        if not self.packed:
+            return values
+        table = values.new_full((len(self.candidates), values.shape[1]), fill)
+        table[self.group, self._columns] = values
+        return table
+
+    def by_position(self, values: Tensor) -> Tensor:
+        """[B, S] of values [G, S]: the inverse of `by_document`."""
+        return values[self.group, self._columns] if self.packed else values
+
+    @property
+    def _columns(self) -> Tensor:
+        return torch.arange(self.group.shape[1], device=self.group.device).expand_as(self.group)
+
+    def pin_memory(self, device: Any = None) -> Self:
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        moved = {
+            field.name: function(getattr(self, field.name))
+            for field in fields(self)
+            if field.name != "ids" and isinstance(getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the host knows of the numbers of active positions.
+
+    real, always: for each row, its positions that are no padding, and those computed in every step
+    candidates:   for each document its row and its candidates
+    exact:        each kept candidate makes one more position active
+    """
+
+    real: tuple[int, ...]
+    always: tuple[int, ...]
+    candidates: tuple[tuple[int, int], ...]
+    exact: bool
+
+    def active(self, ratio: float) -> tuple[int, int] | None:
+        """Active positions of the batch, and the most of one row; None where only the mask can tell."""
+        if ratio == 1.0:
+            return sum(self.real), max(self.real)
+        if not self.exact:
+            return None
+        rows = list(self.always)
+        for row, candidates in self.candidates:
+            rows[row] += math.ceil(ratio * candidates)
+        return sum(rows), max(rows)
+
+
+def describe(batch: Mapping[str, Any], rules: TokenRules, losses: ReferenceLosses) -> Samples:
+    """Work out the `Samples` of a batch that holds `sample_id`, `labels` and what the model takes.
+
+    sample_id: int64 [B], or [B, S] where rows are packed (-1 at positions of no sample).
+    Waits for the device where the batch is not on the host. Raises `InvalidInput` that names the argument, and the
+    sample whose label tokens differ from those the teacher saw.
+    """
+    labels = labels_of(batch).cpu()
+    sample_id = _sample_id(batch, labels)
+    docs = documents(sample_id, (labels.shape[0], labels.shape[1]))
+    mask = batch.get("attention_mask")
+    real = torch.ones_like(labels, dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.shape == labels.shape:
+        real = mask.cpu() != 0
+    ids = batch.get("input_ids")
+    roles = assign_roles(rules, docs, labels, ids.cpu() if isinstance(ids, Tensor) else None, real)
+    slot, reference = _look_up(docs, roles, labels, losses)
+    candidates = docs.totals(roles.candidate)
+    return Samples(
+        always=roles.always,
+        real=real,
+        candidate=roles.candidate,
+        observed=roles.label & _last_of_each(docs)[docs.group],
+        slot=slot,
+        reference=reference,
+        group=docs.group,
+        candidates=candidates,
+        ids=docs.ids,
+        packed=docs.packed,
+        counts=_count(docs, roles, real, candidates, exact=rules.align != "both"),
+    )
+
+
+def label_hash(docs: Documents, label: Tensor, labels: Tensor) -> Tensor:
+    """int64 [G]: a hash of the label tokens of each document, in their order, wherever padding lies.
+
+    label: bool [B, S], which labels exist; labels: int64 [B, S].
+    """
+    mixed = labels * -7046029254386353131 + docs.ranks(label) * 4768777513237032717
+    # The finaliser of a 64-bit hash; products wrap around.
+    mixed = (mixed ^ (mixed >> 31)) * -4658895280553007687
+    mixed = (mixed ^ (mixed >> 29)) * -7723592293110705685
+    mixed = mixed ^ (mixed >> 32)
+    return docs.totals(torch.where(label, mixed, 0))
+
+
+def labels_of(batch: Mapping[str, Any]) -> Tensor:
+    """The labels of a batch. Raises `InvalidInput` unless they are int64 [B, S]."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.dtype != torch.int64:
+        raise InvalidInput(
+            "labels",
+            "selection needs them as int64 [B, S].",
+            "Put labels into every batch that is trained on.",
+        )
+    return labels
+
+
+def _sample_id(batch: Mapping[str, Any], labels: Tensor) -> Tensor:
+    given = batch.get("sample_id")
+    if given is None:
+        raise InvalidInput(
+            "sample_id",
+            "is missing from the batch.",
+            "Keep the column in the data set, or switch gating off.",
+        )
+    if not isinstance(given, Tensor):
+        given = torch.as_tensor(given)
+    if given.dtype.is_floating_point or given.shape not in (labels.shape[:1], labels.shape):
+        raise InvalidInput(
+            "sample_id",
+            f"is {given.dtype} {list(given.shape)}, the labels are {list(labels.shape)}.",
+            "Give one integer for each row, or for each position where rows are packed.",
+        )
+    return given.to("cpu", torch.int64)
+
+
+def _look_up(docs: Documents, roles: Roles, labels: Tensor, losses: ReferenceLosses) -> tuple[Tensor, Tensor]:
+    """slot and reference of every label; checks that labels are those the teacher saw."""
+    ids = docs.each(docs.ids)
+    found = docs.totals(roles.label)
+    # A stretch of a packed row that belongs to no sample.
+    nobody = (ids < 0) & (found == 0) if docs.packed else torch.zeros_like(ids, dtype=torch.bool)
+    rows = torch.zeros_like(ids)
+    rows[~nobody] = losses.find(ids[~nobody])
+    known = losses.starts[rows + 1] - losses.starts[rows]
+    differs = ~nobody & ((found != known) | (label_hash(docs, roles.label, labels) != losses.hashes[rows]))
+    if bool(differs.any()):
+        first = int(differs.nonzero()[0])
+        raise InvalidInput(
+            "sample_id",
+            f"the labels of sample {int(ids[first])} are not those the teacher saw ({int(found[first])} labels "
+            f"in the batch, {int(known[first])} with the teacher; {int(differs.sum())} such samples).",
+            "Tokenize and truncate as in the teacher pass, or run the pass again.",
+        )
+    slot = torch.where(roles.label, losses.starts[rows][docs.group] + docs.ranks(roles.label), -1)
+    if losses.losses.numel() == 0:
+        return slot, torch.zeros(slot.shape)
+    return slot, torch.where(roles.label, losses.losses[slot], 0.0)
+
+
+def _last_of_each(docs: Documents) -> Tensor:
+    """bool [G]: no later document of the batch has the same sample."""
+    ids = docs.each(docs.ids)
+    return ~(ids[:, None] == ids[None, :]).triu(diagonal=1).any(1)
+
+
+def _count(docs: Documents, roles: Roles, real: Tensor, candidates: Tensor, exact: bool) -> Counts:
+    rows = docs.each(torch.arange(len(real))[:, None].expand_as(real))
+    return Counts(
+        real=tuple(real.sum(1).tolist()),
+        always=tuple(roles.always.sum(1).tolist()),
+        candidates=tuple(zip(rows.tolist(), candidates.tolist(), strict=True)),
+        exact=exact,
+    )

@@ -69,17 +69,23 @@ class Documents:
 
     def totals(self, values: Tensor) -> Tensor:
         """int64 [G]: the sum of integers [B, S] over each document."""
+        if not self.packed:
+            return values.sum(1)
         totals = torch.zeros(self.count, dtype=torch.int64, device=values.device)
         return totals.index_add_(0, self.group.flatten(), values.flatten().long())
 
     def each(self, values: Tensor) -> Tensor:
         """int64 [G]: the value of each document, of integers [B, S] that are the same throughout one."""
+        if not self.packed:
+            return values[:, 0]
         found = torch.empty(self.count, dtype=torch.int64, device=values.device)
         found[self.group.flatten()] = values.flatten()
         return found
 
     def ranks(self, chosen: Tensor) -> Tensor:
         """int64 [B, S]: how many chosen positions (bool [B, S]) of the same document come before each."""
+        if not self.packed:
+            return chosen.long().cumsum(1) - chosen.long()
         flat = chosen.flatten().long()
         before = (flat.cumsum(0) - flat).view_as(self.group)
         totals = self.totals(chosen)

@@ -17,18 +17,16 @@ import argparse
 import copy
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from machine import machine
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -204,29 +202,6 @@ def ratios(timings: list[Timing]) -> dict[str, dict[str, float]]:
     return {
         f"{a} / {b}": {"measured": median_s[a] / median_s[b], "goal": goal} for (a, b), goal in GOALS.items()
     }
-
-
-def machine() -> dict[str, str | int]:
-    return {
-        "cpu": cpu_model(),
-        "cores": os.cpu_count() or 0,
-        "torch threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-
-
-def cpu_model() -> str:
-    """The processor's name; on Linux `platform.processor` does not know it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def write(timings: list[Timing], command: str, repetitions: int) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from digits_figures import draw_curves, draw_words
 from digits_model import build, learn_to_see, learn_to_write
-from digits_scenes import Digits, collate, make_examples, make_tokenizer, seen_labels
+from digits_scenes import LONGEST, Digits, collate, make_examples, make_tokenizer, seen_labels
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -187,7 +187,7 @@ class Training:
         labels = batch["labels"][:, 1:] != -100
         if self.gate is None:
             self.record.label_tokens += int(labels.sum())
-            self.record.decoder_tokens += batch["input_ids"].numel()
+            self.record.decoder_tokens += BATCH * LONGEST
             self.record.dense_steps.append(seconds)
             return
         ratio = self.gate.schedule.ratio(step)

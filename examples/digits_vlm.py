@@ -99,6 +99,17 @@ class Record:
         seconds = [self.teacher_seconds + self.seconds(*steps) for steps in zip(dense, sparse, strict=True)]
         return {"tokens": list(tokens), "seconds": seconds, "accuracy": list(accuracy)}
 
+    def summary(self) -> dict[str, Any]:
+        """For `runs.json`."""
+        kinds = {"dense": self.dense_steps, "sparse": self.sparse_steps}
+        return {
+            **{name: value for name, value in asdict(self).items() if not isinstance(value, list)},
+            "training_seconds": self.training_seconds,
+            "steps": {kind: len(steps) for kind, steps in kinds.items()},
+            "step_seconds": {kind: median(steps) for kind, steps in kinds.items() if steps},
+            "curve": self.costs(),
+        }
+
 
 def progress() -> Progress:
     return Progress(
@@ -288,8 +299,8 @@ def main() -> None:
     if len(arguments.seeds) > 1:
         console.print(table(records))
     draw_curves([(record.name, record.costs()) for record in records], arguments.out / "curves.png")
-    runs = [asdict(record) | record.costs() for record in records]
-    (arguments.out / "runs.json").write_text(json.dumps(runs))
+    runs = [record.summary() for record in records]
+    (arguments.out / "runs.json").write_text(json.dumps(runs, indent=1) + "\n")
     console.print(f"Figures and numbers: {arguments.out}/curves.png, words.png, runs.json")
 
 

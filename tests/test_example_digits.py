@@ -31,16 +31,16 @@ def test_both_runs(example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     dense, gated = json.loads((tmp_path / "runs.json").read_text())
     steps = EPOCHS * SCENES // example.BATCH
     assert dense["name"] == "dense"
-    assert len(dense["dense_steps"]) == steps
+    assert dense["steps"] == {"dense": steps, "sparse": 0}
     assert dense["decoder_tokens"] == steps * example.BATCH * example.LONGEST
     # Two dense steps, then cycles of one dense and three sparse ones.
-    assert len(gated["dense_steps"]) == 2 + steps // 4
-    assert len(gated["dense_steps"]) + len(gated["sparse_steps"]) == steps
+    assert gated["steps"] == {"dense": 2 + steps // 4, "sparse": steps - 2 - steps // 4}
     assert gated["label_tokens"] < 0.75 * dense["label_tokens"]
     assert gated["decoder_tokens"] < 0.8 * dense["decoder_tokens"]
-    assert dense["curve"][0] == gated["curve"][0]  # the same start
-    assert len(dense["curve"]) == len(gated["curve"]) == 1 + tiny.evaluations
-    assert dense["accuracy"][-1] != dense["accuracy"][0]
+    reached, gated_reached = dense["curve"]["accuracy"], gated["curve"]["accuracy"]
+    assert reached[0] == gated_reached[0]  # the same start
+    assert len(reached) == len(gated_reached) == 1 + tiny.evaluations
+    assert reached[-1] != reached[0]
     for figure in ("curves.png", "words.png"):
         with Image.open(tmp_path / figure) as drawn:
             assert drawn.size[0] > 800

@@ -5,25 +5,62 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, default_data_collator
 
 import regate_fx
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_snippet_trains_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+GATE, MASK = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
     """Only the backend differs from what is printed: Inductor would take most of a minute."""
     monkeypatch.setattr(regate_fx, "compile", functools.partial(regate_fx.compile, backend="eager"))
-    snippet = re.search(r"```python\n(.*?)```", README, re.DOTALL)
-    assert snippet is not None
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config).train()
+
+
+def unmoved(model: LlamaForCausalLM, before: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])]
+
+
+def test_a_model_trains_with_regate(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    ids = torch.randint(3, 50, (16, 12))
+    labels = ids.masked_fill(torch.arange(12) < 4, -100)
+    data = [{"sample_id": i, "input_ids": ids[i], "labels": labels[i]} for i in range(len(ids))]
+    words = {f"w{index}": index for index in range(50)}
+    scope: dict[str, Any] = {
+        "model": model,
+        "data": data,
+        "folder": tmp_path,
+        "tokenizer": PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0"))),
+        "collator": default_data_collator,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+        "DataLoader": DataLoader,
+    }
+
+    exec(GATE, scope)
+
+    assert scope["gated"].report.gated == 2
+    assert unmoved(model, before) == []
+    assert not scope["gate"].difficulty.ema.isnan().any()
+    assert scope["gate"].global_step == 1  # the second step is noticed by the next forward
+
+
+def test_a_model_trains_with_a_mask(model: LlamaForCausalLM) -> None:
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     ids = torch.randint(50, (2, 12))
     attention_mask = torch.ones_like(ids)
@@ -31,13 +68,12 @@ def test_the_snippet_trains_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = ids.masked_fill(attention_mask == 0, -100)
     labels[:, :4] = -100
     batch = {"input_ids": ids, "attention_mask": attention_mask, "labels": labels}
-    scope = {"model": model, "loader": [batch, batch]}
+    scope: dict[str, Any] = {"model": model, "loader": [batch, batch]}
 
-    exec(snippet.group(1), scope)
+    exec(MASK, scope)
 
     assert scope["gated"].report.gated == 2
-    unmoved = [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])]
-    assert unmoved == []
+    assert unmoved(model, before) == []
     counted = scope["out"].counted
     assert counted.any()
     assert not counted[labels == -100].any()

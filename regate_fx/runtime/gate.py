@@ -153,6 +153,7 @@ class ReGate:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes in training: the step and the difficulties, with what they belong to."""
+        self.global_step = self._steps.catch_up(self.global_step)
         return {
             "global_step": self.global_step,
             "ema": self.difficulty.ema.detach().cpu().clone(),

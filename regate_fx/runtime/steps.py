@@ -40,6 +40,11 @@ class OptimizerSteps:
         self._model, self._versions, self._step, self._reported = weakref.ref(model), versions, step, False
         return step
 
+    def catch_up(self, step: int) -> int:
+        """`count` between two forward passes: a checkpoint is taken after the optimizer's step."""
+        model = None if self._model is None else self._model()
+        return step if model is None else self.count(model, step)
+
     def _report(self, optimizer: Optimizer) -> None:
         model = None if self._model is None else self._model()
         if model is None:

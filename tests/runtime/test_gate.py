@@ -302,6 +302,33 @@ def test_state_goes_with_a_checkpoint(docs: Any, losses: Any) -> None:
         make(others).load_state_dict(state)
 
 
+def test_a_resumed_run_is_the_uninterrupted_one(docs: Any, losses: Any) -> None:
+    def start() -> tuple[ReGate, Any, torch.optim.Optimizer]:
+        gate = make(losses, schedule=DualCycle(keep=0.5, warmup=2, cycle=2, dense=1))
+        gated = regate_fx.compile(build("llama"), backend="eager", gate=gate, validate=False)
+        return gate, gated, torch.optim.AdamW(gated.parameters(), lr=1e-2)
+
+    def train(gate: ReGate, gated: Any, optimizer: torch.optim.Optimizer, count: int) -> list[Tensor]:
+        found = []
+        for batch in [*batches(gate, docs)] * count:
+            out = gated(**batch)
+            out.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(out.loss.detach())
+        return found
+
+    whole = train(*start(), 3)
+    gate, gated, optimizer = start()
+    first = train(gate, gated, optimizer, 1)
+    saved = copy.deepcopy((gate.state_dict(), gated.state_dict(), optimizer.state_dict()))
+    again = start()
+    for part, state in zip(again, saved, strict=True):
+        part.load_state_dict(state)
+    assert again[0].global_step == 2
+    assert torch.equal(torch.stack(first + train(*again, 2)), torch.stack(whole))
+
+
 def test_copies_of_the_model_share_the_gate_or_carry_their_own(docs: Any, losses: Any) -> None:
     gate = make(losses)
     gated = regate_fx.compile(build("llama"), backend="eager", gate=gate, validate=False)

@@ -42,6 +42,10 @@ from regate_fx.runtime import DualCycle, ReferenceLosses, ReGate, teacher_losses
 BATCH = 16
 PEAK_LR = 2e-3
 
+# LLaVA compares the number of image positions with that of image features; without this the dense model is compiled in
+# two parts, with a warning about it.
+torch._dynamo.config.capture_scalar_outputs = True
+
 
 @dataclass(frozen=True)
 class Size:

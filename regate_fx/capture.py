@@ -272,10 +272,14 @@ def _as_refusal(error: Exception) -> Exception:
 
 
 def _own_code(function: types.FunctionType) -> types.FunctionType:
-    """The function with a code object of its own: Dynamo caches graphs, and limits their number, per code object."""
+    """The function with code and globals of its own.
+
+    Dynamo caches graphs, and limits their number, per code object. It stores what it compiled among the globals: in
+    the module's own, the graphs of a model would outlive it.
+    """
     copy = types.FunctionType(
         function.__code__.replace(),
-        function.__globals__,
+        dict(function.__globals__),
         function.__name__,
         function.__defaults__,
         function.__closure__,

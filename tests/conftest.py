@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+from torch._dynamo.utils import counters
 
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 # Shrinking a failure compiles hundreds of models: HYPOTHESIS_PROFILE=search does it, the suite does not.
@@ -38,7 +40,12 @@ def _fresh_state() -> Iterator[None]:
     torch.manual_seed(0)
     torch._dynamo.reset()
     yield
+    compiled = bool(counters["stats"])
     torch._dynamo.reset()
+    if compiled:
+        # What compilers keep for good, hundreds of thousands of objects, would be searched at every collection.
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture

@@ -210,6 +210,11 @@ class GatedEngine:
                 raise error.inner_exception from error
             except FailOnRecompileLimitHit as error:
                 raise _too_many_traces() from error
+            except RuntimeError as error:
+                # What Dynamo says where one graph was asked for while it is switched off.
+                if "found no compiled frames" not in str(error):
+                    raise
+                raise NotGateable(self._why_nothing_ran()) from error
             finally:
                 token_loss, counted = self._live.leave()
         self.check_captures(labelled, captures.refusals[seen[1] :])

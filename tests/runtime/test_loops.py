@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from small_models import build
 from test_gate import docs, examples, losses, make
@@ -19,6 +21,14 @@ from regate_fx.runtime import DualCycle
 
 __all__ = ["docs", "losses"]
 SOON_SPARSE = DualCycle(keep=0.5, warmup=1, cycle=1, dense=0)
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator_state() -> Iterator[None]:
+    """One process has one accelerator state, and other tests ask for another."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
 
 
 class Watched:

@@ -98,6 +98,16 @@ class Comparison:
             raise AssertionError("\n  ".join([f"{context or 'comparison'} differs:", *self.failures]))
 
 
+def check_no_bit_differs(before: Outcome, after: Outcome) -> None:
+    """Assert that two runs gave the very same losses and gradients."""
+    assert torch.equal(before.loss, after.loss)
+    assert torch.equal(before.token_loss, after.token_loss)
+    for name, grad in before.gradients.items():
+        other = after.gradients[name]
+        assert (grad is None) == (other is None), name
+        assert grad is None or torch.equal(grad, other), name
+
+
 def compare(seen: Outcome, baseline: Outcome, reference: Outcome, active: Tensor) -> Comparison:
     """Compare a run with the golden one, allowing twice the error that the untouched model itself makes.
 

@@ -10,7 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from small_models import FIRST_WORD, PAD, VOCABULARY, WINDOW, Batch, Side, _spread_weights
+from small_models import (
+    _COMMON,
+    _LLAMA_LIKE,
+    FIRST_WORD,
+    PAD,
+    VOCABULARY,
+    WINDOW,
+    Batch,
+    Side,
+    _spread_weights,
+)
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
@@ -94,20 +104,7 @@ def unrolled(counts: Sequence[int], generator: torch.Generator) -> Images:
     return Images([[next(sizes) for _ in range(count)] for count in counts], inputs)
 
 
-_TEXT = {
-    "vocab_size": VOCABULARY,
-    "pad_token_id": PAD,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "attention_dropout": 0.0,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-}
+_TEXT = {**_COMMON, **_LLAMA_LIKE}
 _VISION = {
     "hidden_size": 24,
     "intermediate_size": 32,

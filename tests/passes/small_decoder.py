@@ -56,6 +56,14 @@ def heads(x: Tensor) -> Tensor:
     return x.view(*x.shape[:2], H, -1).transpose(1, 2)
 
 
+def sequence_first_attention(b: Block, x: Tensor, m: Tensor | None) -> Tensor:
+    """[S, B, D] states and heads folded into the batch, as older models have it."""
+    B, S = x.shape[:2]
+    q, k, v = (p(x.transpose(0, 1)).reshape(S, B * H, D // H).transpose(0, 1) for p in (b.q, b.k, b.v))
+    weights = hide((q @ k.mT).view(B, H, S, S), m).softmax(-1).view(B * H, S, S)
+    return (weights @ v).transpose(0, 1).reshape(S, B, D).transpose(0, 1)
+
+
 def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 

@@ -11,7 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gating import assert_all_active_is_eager, assert_is_key_masked, gate, refusal_of
-from small_decoder import Block, D, Decoder, H, V, batch, causal_mask, decoder, hide, some_active
+from small_decoder import (
+    Block,
+    D,
+    Decoder,
+    H,
+    V,
+    batch,
+    causal_mask,
+    decoder,
+    hide,
+    sequence_first_attention,
+    some_active,
+)
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -72,7 +84,7 @@ def test_other_ids_as_long_as_the_sequence_are_not_taken_for_it(lengths: tuple[i
 
 @pytest.mark.parametrize("S", [H, D, D // H, V])
 def test_a_sequence_as_long_as_a_feature_axis(S: int) -> None:
-    model = decoder(attention_with_heads_in_the_batch)
+    model = decoder(sequence_first_attention)
     active = torch.rand(H, S) < 0.5
     active[:, 0] = True
     active[0, 1] = False
@@ -85,14 +97,6 @@ def test_a_batch_as_large_as_the_sequence_is_long() -> None:
     gated = gate(model)
     for size in (5, 6):
         assert_is_key_masked(gated, model, batch(size, size), some_active(size, size))
-
-
-def attention_with_heads_in_the_batch(b: Block, x: Tensor, m: Any) -> Tensor:
-    """[S, B, D] states and heads folded into the batch, as older models have it."""
-    B, S = x.shape[:2]
-    q, k, v = (p(x.transpose(0, 1)).reshape(S, B * H, D // H).transpose(0, 1) for p in (b.q, b.k, b.v))
-    weights = hide((q @ k.mT).view(B, H, S, S), m).softmax(-1).view(B * H, S, S)
-    return (weights @ v).transpose(0, 1).reshape(S, B, D).transpose(0, 1)
 
 
 def alibi(b: Block, x: Tensor, m: Any) -> Tensor:

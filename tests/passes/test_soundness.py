@@ -19,7 +19,7 @@ from gating import (
     gate,
     refusal_of,
 )
-from small_decoder import Block, D, H, batch, decoder, hide, some_active
+from small_decoder import Block, D, H, batch, decoder, hide, sequence_first_attention, some_active
 from torch import Tensor
 
 Extra = Callable[[Block, Tensor, Any], Tensor]
@@ -28,14 +28,6 @@ Extra = Callable[[Block, Tensor, Any], Tensor]
 def sequence_first(b: Block, x: Tensor, m: Any) -> Tensor:
     y = x.transpose(0, 1).reshape(-1, D)
     return F.gelu(y @ b.weight).view(x.shape[1], x.shape[0], D).transpose(0, 1)
-
-
-def sequence_first_attention(b: Block, x: Tensor, m: Any) -> Tensor:
-    """[S, B, D] states and heads folded into the batch, as older models have it."""
-    B, S = x.shape[:2]
-    q, k, v = (p(x.transpose(0, 1)).reshape(S, B * H, D // H).transpose(0, 1) for p in (b.q, b.k, b.v))
-    weights = hide((q @ k.mT).view(B, H, S, S), m).softmax(-1).view(B * H, S, S)
-    return (weights @ v).transpose(0, 1).reshape(S, B, D).transpose(0, 1)
 
 
 def row_numbers(b: Block, x: Tensor, m: Any) -> Tensor:

@@ -32,7 +32,7 @@ def image_batches(name: str, generator: torch.Generator) -> list[ImageBatch]:
 @pytest.mark.parametrize("name", VLMS)
 def test_training_step(name: str, generator: torch.Generator) -> None:
     model = build_vlm(name)
-    gated = regate_fx.compile(model, backend="eager")
+    gated = regate_fx.compile(model, backend="aot_eager")
     for number, batch in enumerate(image_batches(name, generator)):
         check_image_step(gated, model, VLMS[name], batch, f"{name}, batch {number}")
         check_the_decoder_alone_is_gated(gated)
@@ -79,14 +79,11 @@ def test_other_sizes_cost_no_trace(name: str, generator: torch.Generator) -> Non
     assert gated.report.traces <= settled + 1
 
 
-@pytest.mark.parametrize(
-    ("name", "backend"), [*((name, "aot_eager") for name in VLMS), ("llava", "inductor")]
-)
-def test_backends(name: str, backend: str, generator: torch.Generator) -> None:
-    model = build_vlm(name)
-    gated = regate_fx.compile(model, backend=backend)
-    for batch in image_batches(name, generator)[:2]:
-        check_image_step(gated, model, VLMS[name], batch, backend)
+def test_inductor(generator: torch.Generator) -> None:
+    model = build_vlm("llava")
+    gated = regate_fx.compile(model, backend="inductor")
+    for batch in image_batches("llava", generator)[:2]:
+        check_image_step(gated, model, VLMS["llava"], batch, "inductor")
     check_the_decoder_alone_is_gated(gated)
 
 

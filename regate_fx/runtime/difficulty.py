@@ -23,7 +23,7 @@ class Difficulty:
         if not 0.0 <= beta < 1.0:
             raise InvalidInput("beta", f"is {beta}.", "Give a decay of at least 0 and below 1.")
         self.beta = beta
-        # The last entry belongs to no label: what must not be stored is written there.
+        # The last entry belongs to no label and stays NaN; slot -1 reads it.
         self._table = torch.full((labels + 1,), torch.nan)
         self._unchecked: _BrokenLosses | None = None
 
@@ -48,7 +48,7 @@ class Difficulty:
         slot: int64 [B, S], the number of each label in the data set, -1 where there is no label.
         """
         self._table = self._table.to(slot.device)
-        return torch.where(slot >= 0, self._table[slot], torch.nan)
+        return self._table[slot]
 
     def update(self, slot: Tensor, loss: Tensor, observed: Tensor, ids: Tensor) -> None:
         """Take in the losses of one batch.
@@ -66,8 +66,7 @@ class Difficulty:
         before = self.look_up(slot)
         after = torch.where(before.isnan(), loss, torch.lerp(loss, before, self.beta))
         stored = observed & ~broken.any()
-        spare = self._table.numel() - 1
-        self._table[torch.where(stored, slot, spare)] = torch.where(stored, after, torch.nan)
+        self._table[torch.where(stored, slot, -1)] = torch.where(stored, after, torch.nan)
 
     def _check(self, broken: Tensor, ids: Tensor) -> None:
         if broken.device.type == "cpu":

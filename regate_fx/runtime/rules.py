@@ -82,14 +82,20 @@ class Documents:
         found[self.group.flatten()] = values.flatten()
         return found
 
+    def spread(self, values: Tensor) -> Tensor:
+        """[B, S], or [B, 1] where the rows are the documents: for each position the value [G] of its document."""
+        return values[self.group] if self.packed else values[:, None]
+
+    def until(self, chosen: Tensor) -> Tensor:
+        """int64 [B, S]: how many chosen positions (bool [B, S]) of the same document come before each or are it."""
+        if not self.packed:
+            return chosen.cumsum(1)
+        totals = self.totals(chosen)
+        return chosen.flatten().cumsum(0).view_as(self.group) - (totals.cumsum(0) - totals)[self.group]
+
     def ranks(self, chosen: Tensor) -> Tensor:
         """int64 [B, S]: how many chosen positions (bool [B, S]) of the same document come before each."""
-        if not self.packed:
-            return chosen.long().cumsum(1) - chosen.long()
-        flat = chosen.flatten().long()
-        before = (flat.cumsum(0) - flat).view_as(self.group)
-        totals = self.totals(chosen)
-        return before - (totals.cumsum(0) - totals)[self.group]
+        return self.until(chosen) - chosen.long()
 
 
 def documents(sample_id: Tensor, shape: tuple[int, int]) -> Documents:
@@ -151,15 +157,15 @@ def _has_predictor(rules: TokenRules, docs: Documents, real: Tensor) -> Tensor:
     """By label: its predictor is a token of the same document."""
     if not rules.shifted:
         return real
-    return _before(real, False) & (_before(docs.group, -1) == docs.group)
+    before = _before(real, False)
+    return before & (_before(docs.group, -1) == docs.group) if docs.packed else before
 
 
 def _ends_of_earlier_turns(docs: Documents, label: Tensor, predicted: Tensor) -> Tensor:
     """Output positions that predict nothing, but that a later turn of the same document attends to."""
     predicts = F.pad(predicted[:, 1:], (0, 1), value=False)
-    # What is predicted at this position or before; the rest comes later.
-    until = docs.ranks(predicted) + predicted.long()
-    return label & ~predicts & (docs.totals(predicted)[docs.group] > until)
+    # More labels are predicted in the document than at this position or before: the rest comes later.
+    return label & ~predicts & (docs.spread(docs.totals(predicted)) > docs.until(predicted))
 
 
 def _kept_anyway(rules: TokenRules, always: Tensor) -> Tensor:

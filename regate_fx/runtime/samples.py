@@ -127,7 +127,7 @@ def describe(batch: Mapping[str, Any], rules: TokenRules, losses: ReferenceLosse
         always=roles.always,
         real=real,
         candidate=roles.candidate,
-        observed=roles.label & _last_of_each(docs)[docs.group],
+        observed=roles.label & docs.spread(_last_of_each(docs)),
         slot=slot,
         reference=reference,
         group=docs.group,
@@ -143,12 +143,16 @@ def label_hash(docs: Documents, label: Tensor, labels: Tensor) -> Tensor:
 
     label: bool [B, S], which labels exist; labels: int64 [B, S].
     """
-    mixed = labels * -7046029254386353131 + docs.ranks(label) * 4768777513237032717
+    return _hash(docs, label, labels, docs.ranks(label))
+
+
+def _hash(docs: Documents, label: Tensor, labels: Tensor, ranks: Tensor) -> Tensor:
+    mixed = torch.add(labels * -7046029254386353131, ranks, alpha=4768777513237032717)
     # The finaliser of a 64-bit hash; products wrap around.
     mixed = (mixed ^ (mixed >> 31)) * -4658895280553007687
     mixed = (mixed ^ (mixed >> 29)) * -7723592293110705685
     mixed = mixed ^ (mixed >> 32)
-    return docs.totals(torch.where(label, mixed, 0))
+    return docs.totals(mixed * label)
 
 
 def labels_of(batch: Mapping[str, Any]) -> Tensor:
@@ -184,14 +188,14 @@ def _sample_id(batch: Mapping[str, Any], labels: Tensor) -> Tensor:
 
 def _look_up(docs: Documents, roles: Roles, labels: Tensor, losses: ReferenceLosses) -> tuple[Tensor, Tensor]:
     """slot and reference of every label; checks that labels are those the teacher saw."""
-    ids = docs.each(docs.ids)
+    ids, ranks = docs.each(docs.ids), docs.ranks(roles.label)
     found = docs.totals(roles.label)
-    # A stretch of a packed row that belongs to no sample.
-    nobody = (ids < 0) & (found == 0) if docs.packed else torch.zeros_like(ids, dtype=torch.bool)
-    rows = torch.zeros_like(ids)
-    rows[~nobody] = losses.find(ids[~nobody])
-    known = losses.starts[rows + 1] - losses.starts[rows]
-    differs = ~nobody & ((found != known) | (label_hash(docs, roles.label, labels) != losses.hashes[rows]))
+    rows = _rows(losses, ids, found, docs.packed)
+    starts = losses.starts[rows]
+    known = losses.starts[rows + 1] - starts
+    differs = (found != known) | (_hash(docs, roles.label, labels, ranks) != losses.hashes[rows])
+    if docs.packed:
+        differs &= ids >= 0
     if bool(differs.any()):
         first = int(differs.nonzero()[0])
         raise InvalidInput(
@@ -200,10 +204,20 @@ def _look_up(docs: Documents, roles: Roles, labels: Tensor, losses: ReferenceLos
             f"in the batch, {int(known[first])} with the teacher; {int(differs.sum())} such samples).",
             "Tokenize and truncate as in the teacher pass, or run the pass again.",
         )
-    slot = torch.where(roles.label, losses.starts[rows][docs.group] + docs.ranks(roles.label), -1)
+    slot = torch.where(roles.label, docs.spread(starts) + ranks, -1)
     if losses.losses.numel() == 0:
         return slot, torch.zeros(slot.shape)
     return slot, torch.where(roles.label, losses.losses[slot], 0.0)
+
+
+def _rows(losses: ReferenceLosses, ids: Tensor, found: Tensor, packed: bool) -> Tensor:
+    """int64 [G]: where each document's sample is in the store; 0 for a stretch of a packed row without sample."""
+    if not packed:
+        return losses.find(ids)
+    somebody = (ids >= 0) | (found > 0)
+    rows = torch.zeros_like(ids)
+    rows[somebody] = losses.find(ids[somebody])
+    return rows
 
 
 def _last_of_each(docs: Documents) -> Tensor:

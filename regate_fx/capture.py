@@ -10,7 +10,7 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from torch._dynamo.exc import Unsupported as DynamoUnsupported
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
 from regate_fx.backend import Captures, GatingBackend
+from regate_fx.dynamo_settings import TRACE_LIMIT, capture_settings
 from regate_fx.errors import LayerRefusal, NotGateable, Unsupported
 from regate_fx.inputs import own_signature
 from regate_fx.live import LivePlan
@@ -32,13 +33,11 @@ from regate_fx.plan import TokenPlan
 from regate_fx.report import Report
 from regate_fx.single_position import lengthen, shorten
 from regate_fx.summary import batch_tokens, fuller, summarise
+from regate_fx.symbols import BY_POSITION, mark_sizes
 from regate_fx.validation import VALIDATED, is_random, undisturbed, validate
 from regate_fx.wrapper import original_forward
 
 logger = logging.getLogger("regate_fx")
-
-# Sizes of one (B, S, N or L) are specialised by Dynamo, as are train and eval mode and autocast.
-_TRACE_LIMIT = 64
 
 # What Dynamo raises when the capture needs a size to be a constant that was declared to vary.
 _STATIC_SIZES = (UserError, ConstraintViolationError)
@@ -137,7 +136,7 @@ class GatedEngine:
         `ValidationFailed` where the compiled graph disagrees with it.
         """
         if plan.row_of.shape[1] == 1:
-            return shorten(self(*lengthen(plan, inputs, _BY_POSITION)))
+            return shorten(self(*lengthen(plan, inputs, BY_POSITION)))
         trains = torch.is_grad_enabled() and inputs.get("labels") is not None
         checked = self.options.validate and not self.options.reference
         if checked and self.validation is None and trains:
@@ -195,13 +194,13 @@ class GatedEngine:
         captures = self._backend.captures
         inputs = self._with_padding_mask(plan, inputs)
         seen = captures.graphs, len(captures.refusals), len(captures.runs)
-        ties = _mark_sizes(plan, inputs)
+        ties = mark_sizes(plan, inputs)
         labelled = inputs.get("labels") is not None
         wants_logits = self.options.keep_logits or not labelled
         self._live.enter(plan, inputs)
         captures.ran.clear()
         padding = self._live.attention_mask
-        with _capture_config(self._whole), self._live.anchored(self.model, not self._whole):
+        with capture_settings(self._whole), self._live.anchored(self.model, not self._whole):
             try:
                 loss, logits, aux_loss = self._run(inputs)(
                     original_forward(self.model), self._live, inputs | self._no_cache, ties, wants_logits
@@ -262,7 +261,7 @@ class GatedEngine:
 
 def _too_many_traces() -> Unsupported:
     return Unsupported(
-        f"a gated model with more than {_TRACE_LIMIT} traces",
+        f"a gated model with more than {TRACE_LIMIT} traces",
         "something beside batch size and sequence length changes from call to call.",
         "TORCH_LOGS=recompiles names it.",
     )
@@ -309,81 +308,3 @@ def _traced(
     loss = output["loss"] if inputs.get("labels") is not None else None
     logits = output["logits"] if wants_logits else None
     return loss, logits, output.get("aux_loss")
-
-
-def _mark_sizes(plan: TokenPlan, inputs: dict[str, Any]) -> tuple[tuple[str, int, int], ...]:
-    """Make B, S, N and L symbols of the capture, and say which inputs share B and S with the plan.
-
-    A size of one is left to Dynamo, which specialises it.
-    """
-    for tensor in plan.tensors():
-        _mark(tensor, range(tensor.dim()))
-    ties: list[tuple[str, int, int]] = []
-    for name, value in inputs.items():
-        if not isinstance(value, Tensor):
-            continue
-        dims = _token_dims(name, value, plan.row_of)
-        _mark(value, [dim for dim, _ in dims])
-        ties.extend((name, dim, axis) for dim, axis in dims)
-    return tuple(ties)
-
-
-def _mark(tensor: Tensor, dims: Any) -> None:
-    for dim in dims:
-        if tensor.shape[dim] > 1:
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
-
-
-# Inputs that by the transformers convention have one entry per position, and where B and S stand in them.
-_BY_POSITION = {
-    "input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids", "token_type_ids", "mm_token_type_ids",
-    "decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "shift_labels",
-}  # fmt: skip
-
-
-def _token_dims(name: str, value: Tensor, row_of: Tensor) -> list[tuple[int, int]]:
-    """Pairs (dimension, 0 for B or 1 for S) of an input."""
-    batch, length = row_of.shape
-    if name == "inputs_embeds":
-        return [(0, 0), (1, 1)]
-    if value.is_floating_point() and value.dim() != 4:
-        return []
-    if name in _BY_POSITION and value.dim() >= 2 and value.shape[-1] == length:
-        dims = [(value.dim() - 1, 1)]
-        if value.dim() == 4 and value.shape[2] == length:
-            dims.append((2, 1))
-        batch_dim = value.dim() - 2 if value.dim() < 4 else 0
-        if value.shape[batch_dim] == batch:
-            dims.append((batch_dim, 0))
-        return dims
-    return []
-
-
-@contextlib.contextmanager
-def _capture_config(whole: bool) -> Iterator[None]:
-    """Dynamo settings for our own capture, restored afterwards.
-
-    In a model that is several graphs, what passes from one to the next has symbolic sizes too. Each is a symbol of its
-    own: as many image features as positions must not be taken for positions. In a single graph, numbers read from
-    tensors are captured too; vision-language models compare that of image positions with that of image features.
-    """
-    dynamo = torch._dynamo.config.patch(
-        assume_static_by_default=whole,
-        capture_scalar_outputs=whole,
-        specialize_int=not whole,
-        force_nn_module_property_static_shapes=whole,
-        optimize_ddp=False,
-        ignore_logging_functions=_logging_methods(),
-        recompile_limit=_TRACE_LIMIT,
-        # Past the limit Dynamo would run the model without the passes, and without a word.
-        fail_on_recompile_limit_hit=whole,
-        specialize_float=True,
-    )
-    with dynamo, torch.fx.experimental._config.patch(use_duck_shape=False):
-        yield
-
-
-def _logging_methods() -> set[Callable[..., Any]]:
-    """A warning of the model's must not break the graph between its layers and its loss."""
-    names = ("debug", "info", "warning", "info_once", "warning_once", "warning_advice")
-    return {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}

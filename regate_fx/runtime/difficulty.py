@@ -5,6 +5,9 @@ Shapes: B samples, S positions, T labels in the data set.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -16,6 +19,9 @@ class Difficulty:
 
     `ema <- beta * ema + (1 - beta) * loss`; the first observation of a label sets it. One float32 a label, NaN
     where the label was never observed. The table moves once to the device of the losses that it is given.
+
+    Where several ranks train together, a rank sees its own observations at once and those of the others after
+    `exchange`; until then they lie in a second table.
     """
 
     def __init__(self, labels: int, beta: float = 0.9) -> None:
@@ -25,15 +31,26 @@ class Difficulty:
         self.beta = beta
         # The last entry belongs to no label and stays NaN; slot -1 reads it.
         self._table = torch.full((labels + 1,), torch.nan)
+        self._own: Tensor | None = None
         self._unchecked: _BrokenLosses | None = None
 
     @property
     def ema(self) -> Tensor:
-        """float32 [T]: the running mean of each label, NaN where it was never observed."""
+        """float32 [T]: the running mean of each label, NaN where it was never observed; with several ranks, as it
+        was at the last exchange."""
         return self._table[:-1]
 
-    def load(self, ema: Tensor) -> None:
-        """Take over a table float32 [T]. Raises `InvalidInput` where its length differs."""
+    @property
+    def own(self) -> tuple[Tensor, Tensor]:
+        """What this rank has observed since the last exchange: int64 [k] labels and float32 [k] running means."""
+        if self._own is None:
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        slots = (~self._own.isnan()).nonzero().flatten()
+        return slots, self._own[slots]
+
+    def load(self, ema: Tensor, own: tuple[Tensor, Tensor] | None = None) -> None:
+        """Take over a table float32 [T], and what this rank had besides. Raises `InvalidInput` where lengths
+        differ."""
         if ema.shape != self.ema.shape:
             raise InvalidInput(
                 "ema",
@@ -41,6 +58,16 @@ class Difficulty:
                 "Load the state of a run over the same data set.",
             )
         self.ema.copy_(ema)
+        self._own, self._unchecked = None, None
+        if own is not None and len(own[0]):
+            self._apart()[own[0].to(self._table.device)] = own[1].to(self._table.device)
+
+    def merge(self, observed: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Take over what each rank observed, in the order of ranks; of a label that several have, the first."""
+        for slots, values in reversed(observed):
+            self._table[slots.to(self._table.device)] = values.to(self._table.device)
+        if self._own is not None:
+            self._own.fill_(torch.nan)
 
     def look_up(self, slot: Tensor) -> Tensor:
         """float32 [B, S]: the running mean of each label, NaN where there is none.
@@ -48,13 +75,17 @@ class Difficulty:
         slot: int64 [B, S], the number of each label in the data set, -1 where there is no label.
         """
         self._table = self._table.to(slot.device)
-        return self._table[slot]
+        shared = self._table[slot]
+        if self._own is None:
+            return shared
+        own = self._apart()[slot]
+        return torch.where(own.isnan(), shared, own)
 
-    def update(self, slot: Tensor, loss: Tensor, observed: Tensor, ids: Tensor) -> None:
+    def update(self, slot: Tensor, loss: Tensor, observed: Tensor, ids: Tensor, apart: bool = False) -> None:
         """Take in the losses of one batch.
 
         slot: int64 [B, S], unique where `observed`; loss: float [B, S]; observed: bool [B, S]; ids: int64 [B, S] on
-        the host, the sample of each position.
+        the host, the sample of each position; apart: other ranks train as well, and learn of it by `merge`.
         Raises `InvalidInput` that names the sample where an observed loss is NaN or infinite, and changes nothing
         then. On an accelerator nothing changes either, but the error comes with a later batch: none waits for
         the device.
@@ -66,7 +97,14 @@ class Difficulty:
         before = self.look_up(slot)
         after = torch.where(before.isnan(), loss, torch.lerp(loss, before, self.beta))
         stored = observed & ~broken.any()
-        self._table[torch.where(stored, slot, -1)] = torch.where(stored, after, torch.nan)
+        table = self._apart() if apart else self._table
+        table[torch.where(stored, slot, -1)] = torch.where(stored, after, torch.nan)
+
+    def _apart(self) -> Tensor:
+        if self._own is None:
+            self._own = torch.full_like(self._table, torch.nan)
+        self._own = self._own.to(self._table.device)
+        return self._own
 
     def _check(self, broken: Tensor, ids: Tensor) -> None:
         if broken.device.type == "cpu":
@@ -77,6 +115,20 @@ class Difficulty:
                 return
             self._unchecked.check()
         self._unchecked = _BrokenLosses(broken, ids)
+
+
+def pack(observed: Sequence[tuple[Tensor, Tensor]]) -> bytes:
+    """What each rank observed, as bytes: checkpoints keep objects of any size, but tensors of one size only."""
+    tensors = {}
+    for rank, (slots, values) in enumerate(observed):
+        tensors |= {f"{rank}.labels": slots.cpu().contiguous(), f"{rank}.ema": values.cpu().contiguous()}
+    return safetensors.torch.save(tensors)
+
+
+def unpack(packed: bytes) -> list[tuple[Tensor, Tensor]]:
+    """The inverse of `pack`."""
+    tensors = safetensors.torch.load(packed)
+    return [(tensors[f"{rank}.labels"], tensors[f"{rank}.ema"]) for rank in range(len(tensors) // 2)]
 
 
 class _BrokenLosses:

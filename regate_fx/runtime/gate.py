@@ -5,6 +5,7 @@ Shapes: B rows, S positions, G documents.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,15 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regate_fx.errors import InvalidInput, StoreMismatch
+from regate_fx.errors import InvalidInput, StoreMismatch, Unsupported
+from regate_fx.runtime import ranks
 from regate_fx.runtime.collate import Collator
-from regate_fx.runtime.difficulty import Difficulty
+from regate_fx.runtime.difficulty import Difficulty, pack, unpack
 from regate_fx.runtime.rules import Alignment, TokenRules
 from regate_fx.runtime.samples import Samples, describe, labels_of
 from regate_fx.runtime.schedule import DualCycle
 from regate_fx.runtime.select import Combination, Scoring, keep_top, kept_counts
 from regate_fx.runtime.steps import OptimizerSteps
 from regate_fx.runtime.store import ReferenceLosses
+
+logger = logging.getLogger("regate_fx")
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class ReGate:
         self._steps = OptimizerSteps()
         self._last: Choice | None = None
         self._pairing_known = False
+        self._agreed = False
+        self._gathered: list[tuple[Tensor, Tensor]] | None = None
 
     def select(self, batch: Mapping[str, Any]) -> Tensor:
         """bool [B, S]: the positions to compute in this step, for `gated(..., token_mask=mask)`.
@@ -108,6 +114,7 @@ class ReGate:
 
     def choose(self, batch: Mapping[str, Any]) -> Choice:
         """`select`, with what else the compiled model can use."""
+        self._agree()
         samples = self._samples(batch)
         ratio = self.schedule.ratio(self.global_step)
         mask = samples.real if ratio == 1.0 else self._sparse(samples, ratio)
@@ -141,7 +148,10 @@ class ReGate:
                 "output", "has no token_loss and counted.", "Pass what the gated model returned for labels."
             )
         self._check_pairing(samples, counted)
-        self.difficulty.update(samples.slot, token_loss, counted & samples.observed, samples.ids)
+        self._gathered = None
+        self.difficulty.update(
+            samples.slot, token_loss, counted & samples.observed, samples.ids, apart=ranks.count() > 1
+        )
 
     def step(self) -> None:
         """Count one optimizer step. A model compiled with this gate does it by itself."""
@@ -151,19 +161,51 @@ class ReGate:
         """Count an optimizer step if `model` was written to since the last call and nobody else counted it."""
         self.global_step = self._steps.count(model, self.global_step)
 
+    def exchange(self) -> None:
+        """Let every rank know what the others observed: call it on all ranks at the end of each epoch.
+
+        Only labels observed since the last exchange travel. Of a sample that several ranks drew, as samplers do that
+        fill up the last batch, the lowest rank's values count, and a warning says so. One process needs no exchange.
+        """
+        if ranks.count() == 1:
+            return
+        observed = ranks.gather_labels(*self.difficulty.own)
+        self._warn_of_repeats(observed)
+        self.difficulty.merge(observed)
+        self._gathered = None
+
+    def gather(self) -> None:
+        """Make `state_dict` complete: call it on all ranks right before it. One process needs it not."""
+        if ranks.count() > 1:
+            self._gathered = ranks.gather_labels(*self.difficulty.own)
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that changes in training: the step and the difficulties, with what they belong to."""
+        """Everything that changes in training: the step and the difficulties, with what they belong to.
+
+        The same on all ranks. Raises `Unsupported` where several ranks train and `gather` was not called since the
+        last batch: what the others observed would be lost.
+        """
+        if ranks.count() > 1 and self._gathered is None:
+            raise Unsupported(
+                "the state of one rank",
+                "what the others have observed since the last exchange would be lost.",
+                "Call gate.gather() on every rank right before gate.state_dict().",
+            )
         self.global_step = self._steps.catch_up(self.global_step)
         return {
             "global_step": self.global_step,
             "ema": self.difficulty.ema.detach().cpu().clone(),
+            "pending": pack(self._gathered or []),
             "fingerprint": self.losses.fingerprint,
             "settings": self._settings(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state. Raises `StoreMismatch` for one of other reference losses, `InvalidInput` for one of
-        other settings: both would train on another selection without a word."""
+        """Go on from a state, also of a run with another number of ranks.
+
+        Raises `StoreMismatch` for one of other reference losses, `InvalidInput` for one of other settings: both would
+        train on another selection without a word.
+        """
         if state["fingerprint"] != self.losses.fingerprint:
             raise StoreMismatch(
                 "the state of the gate",
@@ -178,9 +220,35 @@ class ReGate:
                 f"differs from the saved run, as does all of {changed}.",
                 "Use the saved run's settings.",
             )
-        self.difficulty.load(state["ema"])
+        pending = unpack(state["pending"])
+        same_ranks = len(pending) == ranks.count()
+        self.difficulty.load(state["ema"], pending[ranks.rank()] if same_ranks else None)
+        if not same_ranks:
+            self.difficulty.merge(pending)
         self.global_step = state["global_step"]
         self._steps = OptimizerSteps()
+        self._gathered = None
+
+    def _agree(self) -> None:
+        """Once, before the first batch: all ranks were started alike."""
+        if self._agreed or ranks.count() == 1:
+            return
+        started = self._settings() | {"global_step": self.global_step, "losses": self.losses.fingerprint}
+        ranks.check_agreement(started)
+        self._agreed = True
+
+    def _warn_of_repeats(self, observed: list[tuple[Tensor, Tensor]]) -> None:
+        slots, times = torch.cat([slots for slots, _ in observed]).unique(return_counts=True)
+        rows = torch.searchsorted(self.losses.starts, slots[times > 1].cpu(), right=True) - 1
+        samples = self.losses.ids[rows.unique()].tolist()
+        if samples:
+            logger.warning(
+                "%d samples were observed by several ranks since the last exchange (ids %s%s); the lowest rank's "
+                "losses count.",
+                len(samples),
+                samples[:5],
+                ", ..." if len(samples) > 5 else "",
+            )
 
     def _settings(self) -> dict[str, Any]:
         settings = asdict(self.schedule) | asdict(self.scoring) | asdict(self.rules)

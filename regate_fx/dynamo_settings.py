@@ -1,0 +1,43 @@
+"""Dynamo's settings while a gated call is captured."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+# Sizes of one (B, S, N or L) are specialised by Dynamo, as are train and eval mode and autocast.
+TRACE_LIMIT = 64
+
+
+@contextlib.contextmanager
+def capture_settings(whole: bool) -> Iterator[None]:
+    """Dynamo settings for our own capture, restored afterwards.
+
+    In a model that is several graphs, what passes from one to the next has symbolic sizes too. Each is a symbol of its
+    own: as many image features as positions must not be taken for positions. In a single graph, numbers read from
+    tensors are captured too; vision-language models compare that of image positions with that of image features.
+    """
+    dynamo = torch._dynamo.config.patch(
+        assume_static_by_default=whole,
+        capture_scalar_outputs=whole,
+        specialize_int=not whole,
+        force_nn_module_property_static_shapes=whole,
+        optimize_ddp=False,
+        ignore_logging_functions=_logging_methods(),
+        recompile_limit=TRACE_LIMIT,
+        # Past the limit Dynamo would run the model without the passes, and without a word.
+        fail_on_recompile_limit_hit=whole,
+        specialize_float=True,
+    )
+    with dynamo, torch.fx.experimental._config.patch(use_duck_shape=False):
+        yield
+
+
+def _logging_methods() -> set[Callable[..., Any]]:
+    """A warning of the model's must not break the graph between its layers and its loss."""
+    names = ("debug", "info", "warning", "info_once", "warning_once", "warning_advice")
+    return {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}

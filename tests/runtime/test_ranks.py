@@ -1,0 +1,210 @@
+"""Several ranks, each with its own samples: what they know of difficulties, and what they save of it.
+
+Shapes: B rows, S positions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from collated import reference_of
+from restatement import Token
+from torch import Tensor
+
+from regate_fx.errors import InvalidInput, Unsupported
+from regate_fx.runtime import DualCycle, ReGate
+
+RANKS = 2
+SAMPLES = 12
+SPARSE = DualCycle(keep=0.5, warmup=0, cycle=1, dense=0)
+
+
+def make_gate(schedule: DualCycle = SPARSE) -> ReGate:
+    generator = torch.Generator().manual_seed(5)
+    docs = {}
+    for sample_id in range(SAMPLES):
+        refs = torch.rand(9, generator=generator).tolist()
+        docs[sample_id] = [Token(3 + t, 3 + t if t > 2 else -100, ref) for t, ref in enumerate(refs)]
+    return ReGate(reference_of(docs), schedule=schedule)
+
+
+def make_batch(samples: list[int]) -> dict[str, Any]:
+    ids = torch.arange(3, 12).expand(len(samples), 9).clone()
+    labels = ids.masked_fill(torch.arange(9) <= 2, -100)
+    return {"input_ids": ids, "labels": labels, "sample_id": torch.tensor(samples)}
+
+
+def step(gate: ReGate, samples: list[int], epoch: int) -> Tensor:
+    """Select from a batch, and observe losses that follow from sample, label and epoch."""
+    batch = make_batch(samples)
+    mask = gate.select(batch)
+    counted = gate.rules.predicted(mask) & (batch["labels"] != -100)
+    labels = torch.arange(9) * 7 + batch["sample_id"][:, None] * 13 + epoch * 5
+    token_loss = torch.where(counted, (labels % 11).float() / 4, 0.0)
+    gate.observe(batch, SimpleNamespace(token_loss=token_loss, counted=counted))
+    gate.step()
+    return mask
+
+
+def epochs(gate: ReGate, batches: Callable[[int], list[int]], number: int, first: int = 0) -> list[Tensor]:
+    masks = []
+    for epoch in range(first, first + number):
+        masks += [step(gate, batches(begin), epoch) for begin in range(0, SAMPLES, 4)]
+        gate.exchange()
+    return masks
+
+
+def of_rank(rank: int) -> Callable[[int], list[int]]:
+    return lambda begin: [begin + rank * 2, begin + rank * 2 + 1]
+
+
+def of_all(begin: int) -> list[int]:
+    return list(range(begin, begin + 4))
+
+
+def bits(values: Tensor) -> list[int]:
+    return values.contiguous().view(torch.int32).tolist()
+
+
+def run_ranks(work: Callable[[int, Path], Any], folder: Path) -> list[Any]:
+    """What `work(rank, folder)` returned on each of two ranks."""
+    torch.multiprocessing.start_processes(_rank, (work, folder), nprocs=RANKS, start_method="fork")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+def _rank(rank: int, work: Callable[[int, Path], Any], folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    torch.save(work(rank, folder), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_select_and_learn_what_one_does(tmp_path: Path) -> None:
+    def work(rank: int, folder: Path) -> Any:
+        gate = make_gate()
+        return epochs(gate, of_rank(rank), 3), gate.difficulty.ema
+
+    alone = make_gate()
+    expected = epochs(alone, of_all, 3)
+    (first, of_first), (second, of_second) = run_ranks(work, tmp_path)
+    for whole, *halves in zip(expected, first, second, strict=True):
+        assert torch.equal(whole, torch.cat(halves))
+    assert bits(of_first) == bits(of_second) == bits(alone.difficulty.ema)
+    assert not torch.equal(expected[0], expected[3])
+
+
+def test_an_observation_of_another_rank_shows_after_the_exchange(tmp_path: Path) -> None:
+    def work(rank: int, folder: Path) -> Any:
+        gate = make_gate()
+        step(gate, [rank], epoch=0)
+        slots = torch.arange(gate.losses.starts[2])[None]
+        before = gate.difficulty.look_up(slots)
+        gate.exchange()
+        return before, gate.difficulty.look_up(slots)
+
+    (before, after), (_, of_other) = run_ranks(work, tmp_path)
+    assert before[:, :6].isfinite().any() and before[:, 6:].isnan().all()
+    assert after[:, 6:].isfinite().any()
+    assert bits(after) == bits(of_other)
+
+
+def test_of_a_sample_that_both_draw_the_first_rank_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def work(rank: int, folder: Path) -> Any:
+        gate = make_gate()
+        step(gate, [7], epoch=rank)
+        own = gate.difficulty.own
+        with caplog.at_level("WARNING", logger="regate_fx"):
+            gate.exchange()
+        return own, gate.difficulty.ema, caplog.text
+
+    (own, ema, said), (others, of_other, _) = run_ranks(work, tmp_path)
+    assert bits(own[1]) != bits(others[1])
+    assert bits(ema[own[0]]) == bits(own[1])
+    assert bits(ema) == bits(of_other)
+    assert "1 samples were observed by several ranks" in said and "[7]" in said
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The state in the middle of the second epoch, and how the run went on from there."""
+
+    def work(rank: int, folder: Path) -> Any:
+        gate = make_gate()
+        epochs(gate, of_rank(rank), 1)
+        step(gate, of_rank(rank)(0), epoch=1)
+        with pytest.raises(Unsupported, match=re.escape("Call gate.gather() on every rank")):
+            gate.state_dict()
+        gate.gather()
+        state = gate.state_dict()
+        rest = [step(gate, of_rank(rank)(begin), 1) for begin in (4, 8)]
+        gate.exchange()
+        return state, rest + epochs(gate, of_rank(rank), 1, first=2), gate.difficulty.ema
+
+    folder = tmp_path_factory.mktemp("interrupted")
+    (state, first, ema), (other, second, _) = run_ranks(work, folder)
+    assert state["pending"] == other["pending"]
+    assert bits(state["ema"]) == bits(other["ema"])
+    return {"state": state, "masks": (first, second), "ema": ema}
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(interrupted: dict[str, Any], tmp_path: Path) -> None:
+    def work(rank: int, folder: Path) -> Any:
+        gate = make_gate()
+        gate.load_state_dict(interrupted["state"])
+        rest = [step(gate, of_rank(rank)(begin), 1) for begin in (4, 8)]
+        gate.exchange()
+        return rest + epochs(gate, of_rank(rank), 1, first=2), gate.difficulty.ema
+
+    for rank, (masks, ema) in enumerate(run_ranks(work, tmp_path)):
+        for seen, expected in zip(masks, interrupted["masks"][rank], strict=True):
+            assert torch.equal(seen, expected)
+        assert bits(ema) == bits(interrupted["ema"])
+
+
+def test_one_process_goes_on_from_two_ranks(interrupted: dict[str, Any]) -> None:
+    gate = make_gate()
+    gate.load_state_dict(interrupted["state"])
+    masks = [step(gate, of_all(begin), 1) for begin in (4, 8)] + epochs(gate, of_all, 1, first=2)
+    for seen, *halves in zip(masks, *interrupted["masks"], strict=True):
+        assert torch.equal(seen, torch.cat(halves))
+    assert bits(gate.difficulty.ema) == bits(interrupted["ema"])
+
+
+def test_two_ranks_go_on_from_one_process(tmp_path: Path) -> None:
+    alone = make_gate()
+    epochs(alone, of_all, 1)
+    state = alone.state_dict()
+    expected = epochs(alone, of_all, 1, first=1)
+
+    def work(rank: int, folder: Path) -> Any:
+        gate = make_gate()
+        gate.load_state_dict(state)
+        return epochs(gate, of_rank(rank), 1, first=1), gate.difficulty.ema
+
+    (first, ema), (second, _) = run_ranks(work, tmp_path)
+    for whole, *halves in zip(expected, first, second, strict=True):
+        assert torch.equal(whole, torch.cat(halves))
+    assert bits(ema) == bits(alone.difficulty.ema)
+
+
+def test_ranks_that_disagree_stop_with_the_same_words(tmp_path: Path) -> None:
+    def work(rank: int, folder: Path) -> Any:
+        gate = make_gate(DualCycle(keep=0.5 - rank / 4, warmup=rank, cycle=1, dense=0))
+        with pytest.raises(InvalidInput) as caught:
+            step(gate, of_rank(rank)(0), 0)
+        return str(caught.value)
+
+    said = run_ranks(work, tmp_path)
+    assert said[0] == said[1]
+    assert (
+        "keep: is 0.5 on rank 0 and 0.25 on rank 1, which differ in ['keep', 'warmup'] altogether." in said[0]
+    )

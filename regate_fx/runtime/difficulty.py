@@ -119,7 +119,7 @@ class Difficulty:
 
 def pack(observed: Sequence[tuple[Tensor, Tensor]]) -> bytes:
     """What each rank observed, as bytes: checkpoints keep objects of any size, but tensors of one size only."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for rank, (slots, values) in enumerate(observed):
         tensors |= {f"{rank}.labels": slots.cpu().contiguous(), f"{rank}.ema": values.cpu().contiguous()}
     return safetensors.torch.save(tensors)

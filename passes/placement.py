@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx
 
 from regate_fx.ops.attention_kernels import supported
 from regate_fx.passes.axes import Axes
 from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_tensors, operator_name
+from regate_fx.passes.gradients import learned_nodes
 from regate_fx.passes.layers import DecoderStack, Layer
 from regate_fx.passes.layouts import Layout
 from regate_fx.passes.masks import MaskProof
@@ -90,24 +90,6 @@ def _is_sum(axes: object) -> bool:
     return isinstance(axes, Axes) and axes.aggregate
 
 
-def _learned(nodes: list[fx.Node]) -> set[fx.Node]:
-    """Nodes through which a gradient could flow back to a graph input."""
-    learned: set[fx.Node] = set()
-    for node in nodes:
-        value = fake(node)
-        if node.op == "placeholder":
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                learned.add(node)
-        elif any(source in learned for source in node.all_input_nodes) and _may_carry_gradient(value):
-            learned.add(node)
-    return learned
-
-
-def _may_carry_gradient(value: object) -> bool:
-    tensors = value if isinstance(value, (tuple, list)) else (value,)
-    return any(isinstance(item, torch.Tensor) and item.is_floating_point() for item in tensors)
-
-
 class _Placer:
     def __init__(
         self,
@@ -121,7 +103,7 @@ class _Placer:
         self.stack = stack
         self.analysis = analysis
         self.masks = masks
-        self.learned = _learned(self.nodes)
+        self.learned = learned_nodes(self.nodes)
         self.dense: set[int] = {layer.index for layer in stack.layers if layer.refused is not None}
         self.placement = Placement()
 

@@ -19,7 +19,7 @@ from gating import (
     gate,
     refusal_of,
 )
-from small_decoder import Block, D, H, batch, decoder, hide, sequence_first_attention, some_active
+from small_decoder import Block, D, H, batch, decoder, heads, hide, sequence_first_attention, some_active
 from torch import Tensor
 
 Extra = Callable[[Block, Tensor, Any], Tensor]
@@ -52,6 +52,18 @@ def relative_bias(b: Block, x: Tensor, m: Any) -> Tensor:
     i = torch.arange(x.shape[1])
     bias = F.embedding((i[:, None] - i).clamp(-5, 5) + 5, b.table)[..., 0]
     return hide(x @ x.mT + bias, m).softmax(-1) @ x
+
+
+def learned_mask(b: Block, x: Tensor, m: Any) -> Tensor:
+    """A bias that is learned, added by the attention operator as its mask: its gradient must not get lost."""
+    i = torch.arange(x.shape[1])
+    bias = F.embedding((i[:, None] - i).clamp(-5, 5) + 5, b.table).permute(2, 0, 1)[None, :H]
+    mask = hide(bias.expand(x.shape[0], -1, -1, -1), m)
+    return (
+        F.scaled_dot_product_attention(heads(x), heads(x), heads(x), attn_mask=mask)
+        .transpose(1, 2)
+        .flatten(2)
+    )
 
 
 def in_place_mask(b: Block, x: Tensor, m: Any) -> Tensor:
@@ -129,9 +141,9 @@ def residual_scores(b: Block, x: Tensor, m: Any) -> Tensor:
 
 
 GATED: tuple[Extra, ...] = (
-    sequence_first, sequence_first_attention, row_numbers, alibi, relative_bias, in_place_mask, token_pair_condition,
-    distances, without_softmax, by_logsumexp, by_amax, with_sink, by_einsum, table_as_keys, heads_attend, per_sample,
-    repeated_tokens, half_tokens, residual_scores,
+    sequence_first, sequence_first_attention, row_numbers, alibi, relative_bias, learned_mask, in_place_mask,
+    token_pair_condition, distances, without_softmax, by_logsumexp, by_amax, with_sink, by_einsum, table_as_keys,
+    heads_attend, per_sample, repeated_tokens, half_tokens, residual_scores,
 )  # fmt: skip
 EITHER: tuple[Extra, ...] = (embedded_row_numbers, looked_up_row_numbers, cut_table_as_keys)
 

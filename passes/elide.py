@@ -81,6 +81,7 @@ class Rewriter:
         self.plan: PlanNodes = ctx.findings["plan"]
         self.layouts: Layouts
         self.loss = LossRewrite()
+        self.segments = ctx.findings["layers"].segment
         self._values: dict[fx.Node, _Values] = {}
         self._symints: dict[tuple[fx.Node, Layout], Any] = {}
 
@@ -221,6 +222,8 @@ class Rewriter:
             values.layouts[Layout.COMPACT] = emit_compact(self, node)
         else:
             values.layouts[layout] = self._reinstantiate(node, layout)
+        if node in self.segments and layout in values.layouts:
+            values.layouts[layout].meta["segment"] = self.segments[node]
 
     def _copy_input(self, node: fx.Node) -> fx.Node:
         copy = self.emit.graph.node_copy(node)

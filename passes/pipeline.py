@@ -44,11 +44,10 @@ ELIDE: tuple[Pass, ...] = (
     ElideTokens(),
 )
 MASK: tuple[Pass, ...] = (Place(), DenseReference())
-FINISH: tuple[Pass, ...] = (
-    RemoveUnused(),
-    CloseBrackets(),  # last: from here on the position of a node matters again
-)
+CLEAN: tuple[Pass, ...] = (RemoveUnused(),)
+FINISH = (*CLEAN, CloseBrackets())  # last: from here on the position of a node matters again
 PIPELINE = NORMALISE + ANALYSE + ELIDE + FINISH
+LAYERWISE = NORMALISE + ANALYSE + ELIDE + CLEAN  # brackets are closed in each part by itself
 REFERENCE = NORMALISE + ANALYSE + MASK + FINISH
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from regate_fx.capture import GatedEngine, Options
+from regate_fx.capture import GatedEngine, Options, Scope
 from regate_fx.errors import InvalidInput
 from regate_fx.explain import explain
 from regate_fx.wrapper import Gate, ungated, wrap
@@ -23,6 +23,7 @@ def compile(
     validate: bool = True,
     reference: bool = False,
     gate: Gate | None = None,
+    scope: Scope = "model",
 ) -> Any:
     """Return `model` with one more argument, `token_mask`: the decoder computes only the positions it keeps.
 
@@ -35,6 +36,8 @@ def compile(
                  constant through the layers. Slow; for finding out which of the two is wrong. Fills no `token_loss`.
     gate:        a `regate_fx.runtime.ReGate`. In training mode it chooses the mask of every batch, which then has to
                  carry `sample_id`, and takes in its losses; in evaluation the untouched model runs.
+    scope:       "model" compiles the rewritten model as one graph; "layers" each decoder layer by itself, equal ones
+                 once, with packed states handed from layer to layer: for deep models, and for FSDP2.
 
     `gated(input_ids=..., labels=..., token_mask=mask)`, mask bool [B, S], returns an output with `loss` (mean over
     counted labels), `token_loss` float32 [B, S] and `counted` bool [B, S]. Without `token_mask` the untouched
@@ -45,5 +48,7 @@ def compile(
         raise InvalidInput(
             "reference", "is True together with a gate, which needs per-token losses.", "Drop one."
         )
-    engine = GatedEngine(original, Options(backend, keep_logits, validate, reference))
+    if scope not in ("model", "layers"):
+        raise InvalidInput("scope", f"is {scope!r}.", "Use 'model' or 'layers'.")
+    engine = GatedEngine(original, Options(backend, keep_logits, validate, reference, scope))
     return wrap(original, engine, gate)

@@ -14,9 +14,20 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from regate_fx.errors import NotGateable, PassFailed
+from regate_fx.layerwise import compile_parts
 from regate_fx.passes.base import Pass, PassContext, Refused
-from regate_fx.passes.pipeline import ANALYSE, FINISH, MASK, NORMALISE, PIPELINE, PipelineRun, run_passes
+from regate_fx.passes.pipeline import (
+    ANALYSE,
+    FINISH,
+    LAYERWISE,
+    MASK,
+    NORMALISE,
+    PIPELINE,
+    PipelineRun,
+    run_passes,
+)
 from regate_fx.passes.plan_nodes import ANCHOR
+from regate_fx.passes.split_layers import split_layers
 
 Compiled = Callable[..., Any]
 
@@ -42,6 +53,7 @@ class GatingBackend:
     or cannot be gated, is compiled as captured; whether that is acceptable is for the caller to decide.
     whole: one graph was asked for, that may have sizes read from data where several would have broken instead.
     referable: keep what it takes to compute the dense reference of graphs captured from now on.
+    layerwise: split the graph at the ends of its layers and compile each by itself.
     """
 
     compiler: str | Compiled
@@ -50,6 +62,7 @@ class GatingBackend:
     whole: bool = False
     referable: bool = False
     is_referring: bool = False
+    layerwise: bool = False
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         self.captures.graphs += 1
@@ -57,7 +70,7 @@ class GatingBackend:
         run = self._rewrite(gm, normalised)
         if run is None:
             return self._compiler()(gm, example_inputs)
-        compiled = self._compiler()(run.graph_module, example_inputs)
+        compiled = self._compile(run, example_inputs)
         reference = functools.cache(lambda: _dense_reference(normalised))
         ran = self.captures.ran
 
@@ -66,6 +79,11 @@ class GatingBackend:
             return (reference() if self.is_referring else compiled)(*args)
 
         return noted
+
+    def _compile(self, run: PipelineRun, example_inputs: Sequence[Any]) -> Compiled:
+        if not self.layerwise:
+            return self._compiler()(run.graph_module, example_inputs)
+        return compile_parts(split_layers(run.graph_module), self._compiler())
 
     @contextlib.contextmanager
     def referring(self) -> Iterator[None]:
@@ -87,7 +105,8 @@ class GatingBackend:
         try:
             if self.whole:
                 _refuse_sizes_from_data(gm)
-            run = run_passes(_copy(gm), PassContext(), self.passes, dump=keep)
+            passes = LAYERWISE if self.layerwise else self.passes
+            run = run_passes(_copy(gm), PassContext(), passes, dump=keep)
         except Refused as refused:
             self.captures.refusals.append(refused)
             if self.whole and refused.code == "number":

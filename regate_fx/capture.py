@@ -12,7 +12,7 @@ import logging
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,9 @@ _STATIC_SIZES = (UserError, ConstraintViolationError)
 _NOT_WHOLE = (*_STATIC_SIZES, DynamoUnsupported, GuardOnDataDependentSymNode)
 
 
+Scope = Literal["model", "layers"]
+
+
 @dataclass(frozen=True)
 class Options:
     """What `regate_fx.compile` was asked for."""
@@ -53,6 +56,7 @@ class Options:
     keep_logits: bool = False
     validate: bool = True
     reference: bool = False
+    scope: Scope = "model"
 
 
 @dataclass
@@ -74,7 +78,10 @@ class GatedEngine:
         self._whole = whole
         passes = REFERENCE if self.options.reference else PIPELINE
         referable = self.options.validate and not self.options.reference
-        self._backend = GatingBackend(self.options.backend, passes, whole=whole, referable=referable)
+        layerwise = self.options.scope == "layers" and not self.options.reference
+        self._backend = GatingBackend(
+            self.options.backend, passes, whole=whole, referable=referable, layerwise=layerwise
+        )
         self._graphs: list[PipelineRun] = []
         self._runs: dict[frozenset[str], Callable[..., Any]] = {}
 

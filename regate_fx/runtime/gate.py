@@ -17,10 +17,19 @@ from regate_fx.errors import InvalidInput, StoreMismatch, Unsupported
 from regate_fx.runtime import ranks
 from regate_fx.runtime.collate import Collator
 from regate_fx.runtime.difficulty import Difficulty, pack, unpack
+from regate_fx.runtime.label_table import has_teacher
+from regate_fx.runtime.policies import (
+    Combination,
+    Policy,
+    PolicyName,
+    Signals,
+    chosen_policy,
+    policy_settings,
+)
 from regate_fx.runtime.rules import Alignment, TokenRules
 from regate_fx.runtime.samples import Samples, describe, labels_of
 from regate_fx.runtime.schedule import DualCycle
-from regate_fx.runtime.select import Combination, Scoring, keep_top, kept_counts
+from regate_fx.runtime.select import keep_top, kept_counts, scores, try_out
 from regate_fx.runtime.steps import OptimizerSteps
 from regate_fx.runtime.store import ReferenceLosses
 
@@ -61,8 +70,9 @@ class ReGate:
         losses: ReferenceLosses,
         *,
         schedule: DualCycle | None = None,
-        weight: float = 0.5,
-        combine: Combination = "additive",
+        policy: PolicyName | Policy = "regate",
+        weight: float | None = None,
+        combine: Combination | None = None,
         beta: float = 0.9,
         special_ids: Iterable[int] | None = None,
         visual_ids: Iterable[int] | None = None,
@@ -72,9 +82,13 @@ class ReGate:
     ) -> None:
         """Nothing is read or computed yet.
 
-        losses:      the teacher's, from `teacher_losses` or `ReferenceLosses.open`
+        losses:      the teacher's, from `teacher_losses` or `ReferenceLosses.open`; or a `label_table`, for policies
+                     that need none
         schedule:    when to keep which share, by default the paper's
-        weight:      lambda, the weight of the reference loss; combine: "additive" or "convex", see `Scoring`
+        policy:      what ranks the labels of a sample: "regate", "random", "loss", "reference", "rho1", or an object of
+                     your own, see `Policy`
+        weight:      of "regate": lambda, the weight of the reference loss, by default 0.5; combine: "additive", the
+                     default, or "convex", see `TwoSignals`
         beta:        decay of the running mean of the student's losses
         special_ids: labels that are always counted; by default those that the teacher pass recorded
         visual_ids:  input ids that stand for images or video; by default likewise
@@ -87,7 +101,9 @@ class ReGate:
         recorded = losses.about
         self.losses = losses
         self.schedule = schedule or DualCycle()
-        self.scoring = Scoring(combine, weight)
+        self.policy = chosen_policy(policy, weight, combine)
+        self._policy_settings = policy_settings(self.policy)
+        try_out(self.policy, has_teacher(losses))
         self.rules = TokenRules(
             tuple(recorded.get("special_ids", ()) if special_ids is None else special_ids),
             tuple(recorded.get("visual_ids", ()) if visual_ids is None else visual_ids),
@@ -121,12 +137,27 @@ class ReGate:
         self._last = Choice(mask, samples, ratio, samples.counts.active(ratio))
         return self._last
 
+    def score(self, batch: Mapping[str, Any]) -> Tensor:
+        """float64 [B, S]: what the policy makes of each label of a batch, as `select` would rank it now."""
+        samples = self._samples(batch)
+        return samples.by_position(scores(self.policy, self._signals(samples)))
+
     def _sparse(self, samples: Samples, ratio: float) -> Tensor:
-        ema = samples.by_document(self.difficulty.look_up(samples.slot), torch.nan)
-        score = self.scoring.score(ema, samples.by_document(samples.reference, 0.0))
         candidate = samples.by_document(samples.candidate, False)
+        score = scores(self.policy, self._signals(samples))
         kept = keep_top(score, candidate, kept_counts(samples.candidates, ratio))
         return samples.always | self.rules.positions(samples.by_position(kept))
+
+    def _signals(self, samples: Samples) -> Signals:
+        ids = samples.ids if samples.packed else samples.ids[:, :1]
+        ids = ids.to(samples.slot.device, non_blocking=True)
+        return Signals(
+            ema=samples.by_document(self.difficulty.look_up(samples.slot), torch.nan),
+            teacher=samples.by_document(samples.reference, 0.0) if has_teacher(self.losses) else None,
+            slot=samples.by_document(samples.slot, -1),
+            sample_id=samples.by_document(ids, -1).amax(1, keepdim=True),
+            step=self.global_step,
+        )
 
     def observe(self, batch: Mapping[str, Any], output: Any) -> None:
         """Take in the losses of a step.
@@ -251,7 +282,7 @@ class ReGate:
             )
 
     def _settings(self) -> dict[str, Any]:
-        settings = asdict(self.schedule) | asdict(self.scoring) | asdict(self.rules)
+        settings = asdict(self.schedule) | self._policy_settings | asdict(self.rules)
         return settings | {"beta": self.difficulty.beta}
 
     def _samples(self, batch: Mapping[str, Any]) -> Samples:

@@ -1,52 +1,61 @@
-"""Score labels and keep the best share of each sample (ReGATE, Eq. 3). Runs where its tensors are.
+"""Rank labels by a policy's scores and keep the best share of each sample (ReGATE, Eq. 3). Runs where its tensors are.
 
-Shapes: B rows, S positions, G documents.
+Shapes: S positions, G documents.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from regate_fx.errors import InvalidInput
-from regate_fx.runtime.schedule import check_share
-
-Combination = Literal["additive", "convex"]
+from regate_fx.runtime.policies import Policy, Signals, unknown_as_mean
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """How the two signals become one number.
+def scores(policy: Policy, signals: Signals) -> Tensor:
+    """float64 [G, S], finite: what a policy makes of the signals, as `keep_top` ranks it.
 
-    combine: "additive": `ema + weight * reference`, Eq. 3; "convex": `(1 - weight) * ema + weight * reference`, with
-             which 1 means reference only and 0 difficulty only, as in the paper's ablation
-    weight:  lambda, at least 0, and at most 1 where convex
+    A label whose score is NaN ranks with the mean of the others of its document, 0 if there is none. Raises
+    `InvalidInput` where the policy returns no float [G, S] on the device of the signals.
     """
+    score = policy.score(signals)
+    expected = signals.ema
+    fits = isinstance(score, Tensor) and score.is_floating_point() and score.shape == expected.shape
+    if not fits or score.device != expected.device:
+        found = f"{score.dtype} {list(score.shape)} on {score.device}" if isinstance(score, Tensor) else score
+        raise InvalidInput(
+            "policy",
+            f"{type(policy).__name__}.score returned {found} for labels {list(expected.shape)} on "
+            f"{expected.device}.",
+            "Return one floating-point score for each label.",
+        )
+    known = score.double().masked_fill(signals.slot < 0, torch.nan)
+    # Finite, because -inf is what labels that do not compete are ranked by.
+    return unknown_as_mean(known).nan_to_num()
 
-    combine: Combination = "additive"
-    weight: float = 0.5
 
-    def __post_init__(self) -> None:
-        if self.combine not in ("additive", "convex"):
-            raise InvalidInput("combine", f"is {self.combine!r}.", "Use 'additive' or 'convex'.")
-        if self.combine == "convex":
-            check_share("weight", self.weight)
-        elif not 0.0 <= self.weight < float("inf"):
-            raise InvalidInput("weight", f"is {self.weight}.", "Give a finite number of at least 0.")
+def try_out(policy: Policy, with_teacher: bool) -> None:
+    """Raise `InvalidInput` for a policy that cannot work, before it is needed in mid-run.
 
-    def score(self, ema: Tensor, reference: Tensor) -> Tensor:
-        """float64 [G, S]; ema: float [G, S], NaN at labels not seen yet; reference: float [G, S].
-
-        A label not seen yet ranks with the mean of the seen ones of its document, 0 if there is none.
-        """
-        ema = ema.double()
-        mean = ema.nanmean(1, keepdim=True).nan_to_num(nan=0.0)
-        ema = torch.where(ema.isnan(), mean, ema)
-        own = 1.0 - self.weight if self.combine == "convex" else 1.0
-        return own * ema + self.weight * reference.double()
+    Refused are scores of another shape or dtype, scores that differ from call to call, and a look at the teacher's
+    losses where there are none.
+    """
+    losses = torch.tensor([[0.0, 0.5, 2.0, 1.0], [0.0, 3.0, 0.0, 0.0]])
+    slot = torch.tensor([[-1, 0, 1, 2], [-1, 3, -1, -1]])
+    signals = Signals(
+        ema=losses.masked_fill(torch.tensor([[True, False, False, True], [True] * 4]), torch.nan),
+        teacher=losses if with_teacher else None,
+        slot=slot,
+        sample_id=torch.tensor([[0], [1]]),
+        step=1,
+    )
+    if not torch.equal(scores(policy, signals)[slot >= 0], scores(policy, signals)[slot >= 0]):
+        raise InvalidInput(
+            "policy",
+            f"{type(policy).__name__}.score gives other scores when it is called again: neither a resumed run nor "
+            "another rank would choose alike.",
+            "Let chance come from a hash of sample_id, label and step, as policy 'random' does.",
+        )
 
 
 def kept_counts(candidates: Tensor, ratio: float) -> Tensor:
@@ -54,12 +63,17 @@ def kept_counts(candidates: Tensor, ratio: float) -> Tensor:
     return (candidates.double() * ratio).ceil().long()
 
 
-def keep_top(score: Tensor, candidate: Tensor, counts: Tensor) -> Tensor:
-    """bool [G, S]: the candidates with the highest scores, equal ones from the earliest position on.
+def places(score: Tensor, candidate: Tensor) -> Tensor:
+    """int64 [G, S]: the place of each candidate among those of its document, the highest score first, equal ones from
+    the earliest position on; whatever does not compete comes behind them.
 
-    score: float64 [G, S]; candidate: bool [G, S]; counts: int64 [G], how many to keep of each row.
+    score: float64 [G, S], finite; candidate: bool [G, S].
     """
     order = score.masked_fill(~candidate, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(score.shape[1], device=score.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, places)
-    return candidate & (rank < counts[:, None])
+    ascending = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, ascending)
+
+
+def keep_top(score: Tensor, candidate: Tensor, counts: Tensor) -> Tensor:
+    """bool [G, S]: the first `counts` (int64 [G]) candidates of each document by `places`."""
+    return candidate & (places(score, candidate) < counts[:, None])

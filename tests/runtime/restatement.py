@@ -29,6 +29,9 @@ class Rules:
     shifted: bool = True
     weight: float = 0.5
     combine: str = "additive"
+    policy: str = "regate"
+    seed: int = 0
+    step: int = 0
 
 
 def predictor(rules: Rules, t: int) -> int | None:
@@ -78,22 +81,50 @@ def candidates(tokens: list[Token], rules: Rules) -> list[int]:
     ]
 
 
-def score(tokens: list[Token], rules: Rules, t: int) -> float:
-    seen = [token.ema for token in tokens if token.label != NO_LABEL and token.ema is not None]
-    mean = sum(seen) / len(seen) if seen else 0.0
-    own = tokens[t].ema
-    ema = mean if own is None else own
+def score(tokens: list[Token], rules: Rules, t: int, sample_id: int = 0) -> float:
+    labelled = [other for other, token in enumerate(tokens) if token.label != NO_LABEL]
+    ref = tokens[t].ref
+    if rules.policy == "random":
+        return draw(rules.seed, rules.step, sample_id, labelled.index(t))
+    if rules.policy == "reference":
+        return ref
+    if rules.policy == "rho1":
+        return known_or_mean(
+            {i: tokens[i].ema - tokens[i].ref for i in labelled if tokens[i].ema is not None}, t
+        )
+    ema = known_or_mean({i: tokens[i].ema for i in labelled if tokens[i].ema is not None}, t)
+    if rules.policy == "loss":
+        return ema
     if rules.combine == "convex":
-        return (1 - rules.weight) * ema + rules.weight * tokens[t].ref
-    return ema + rules.weight * tokens[t].ref
+        return (1 - rules.weight) * ema + rules.weight * ref
+    return ema + rules.weight * ref
 
 
-def active_positions(tokens: list[Token], rules: Rules, ratio: float) -> set[int]:
+def known_or_mean(known: dict[int, float], t: int) -> float:
+    return known.get(t, sum(known.values()) / len(known) if known else 0.0)
+
+
+def draw(seed: int, step: int, sample_id: int, label: int) -> float:
+    """53 bits of a hash that takes in one number after the other."""
+    state = 0
+    for number in (seed, step, sample_id, label):
+        state = mixed((state + number) % 2**64)
+    return float(state % 2**53)
+
+
+def mixed(number: int) -> int:
+    """splitmix64's finaliser."""
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    number = (number ^ number >> 27) * 0x94D049BB133111EB % 2**64
+    return number ^ number >> 31
+
+
+def active_positions(tokens: list[Token], rules: Rules, ratio: float, sample_id: int = 0) -> set[int]:
     if ratio == 1.0:
         return set(range(len(tokens)))
     competing = candidates(tokens, rules)
     K = math.ceil(ratio * len(competing))
-    ranked = sorted(competing, key=lambda t: (-score(tokens, rules, t), t))
+    ranked = sorted(competing, key=lambda t: (-score(tokens, rules, t, sample_id), t))
     active = always_active(tokens, rules)
     for t in ranked[:K]:
         active |= positions_for(rules, t)

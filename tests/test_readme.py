@@ -15,11 +15,16 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, default_data_collator
 
 import regate_fx
+from regate_fx.runtime import ReferenceLosses, SampleLosses, Signals
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-GATE, MASK = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def snippet(heading: str) -> str:
+    """The first Python under a heading."""
+    (section,) = re.findall(rf"\n## {heading}\n(.*?)\n## ", README, re.DOTALL)
+    code: str = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
+    return code
 
 
 @pytest.fixture
@@ -52,7 +57,7 @@ def test_a_model_trains_with_regate(model: LlamaForCausalLM, tmp_path: Path) -> 
         "DataLoader": DataLoader,
     }
 
-    exec(GATE, scope)
+    exec(snippet("Train your own model with ReGATE"), scope)
 
     assert scope["gated"].report.gated == 2
     assert unmoved(model, before) == []
@@ -70,13 +75,35 @@ def test_a_model_trains_with_a_mask(model: LlamaForCausalLM) -> None:
     batch = {"input_ids": ids, "attention_mask": attention_mask, "labels": labels}
     scope: dict[str, Any] = {"model": model, "loader": [batch, batch]}
 
-    exec(MASK, scope)
+    exec(snippet("Choose the tokens yourself"), scope)
 
     assert scope["gated"].report.gated == 2
     assert unmoved(model, before) == []
     counted = scope["out"].counted
     assert counted.any()
     assert not counted[labels == -100].any()
+
+
+def test_a_policy_of_ones_own() -> None:
+    code = snippet("Rank them by another policy")
+    body = code[code.index("@dataclass") : code.index("gate = ")].strip()
+    assert len(body.splitlines()) <= 10
+    samples = [SampleLosses(0, 0, [1.0, 2.0, 3.0, 9.0])]
+    scope: dict[str, Any] = {"losses": ReferenceLosses.of(samples), "collator": default_data_collator}
+
+    exec(code, scope)
+
+    gate = scope["gate"]
+    signals = Signals(
+        ema=torch.tensor([[0.5, 4.0, torch.nan, 5.0]]),
+        teacher=torch.tensor([[1.0, 2.0, 3.0, 9.0]]),
+        slot=torch.arange(4)[None],
+        sample_id=torch.zeros(1, 1, dtype=torch.int64),
+        step=0,
+    )
+    score = gate.policy.score(signals)
+    assert torch.equal(score.nan_to_num(-1), torch.tensor([[0.5, 2.0, -1, 0.0]]))
+    assert gate.state_dict()["settings"]["policy.limit"] == 6.0
 
 
 def test_the_commands_name_what_exists() -> None:

@@ -14,7 +14,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from regate_fx.errors import NotGateable, PassFailed
-from regate_fx.layerwise import compile_parts
+from regate_fx.layerwise import LayerwiseGraph, compile_parts
 from regate_fx.passes.base import Pass, PassContext, Refused
 from regate_fx.passes.pipeline import (
     ANALYSE,
@@ -28,6 +28,7 @@ from regate_fx.passes.pipeline import (
 )
 from regate_fx.passes.plan_nodes import ANCHOR
 from regate_fx.passes.split_layers import split_layers
+from regate_fx.sharded import Sharding
 
 Compiled = Callable[..., Any]
 
@@ -54,6 +55,7 @@ class GatingBackend:
     whole: one graph was asked for, that may have sizes read from data where several would have broken instead.
     referable: keep what it takes to compute the dense reference of graphs captured from now on.
     layerwise: split the graph at the ends of its layers and compile each by itself.
+    sharding: of the model in the call that runs, whose parameters are then stand-ins.
     """
 
     compiler: str | Compiled
@@ -63,6 +65,7 @@ class GatingBackend:
     referable: bool = False
     is_referring: bool = False
     layerwise: bool = False
+    sharding: Sharding | None = None
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         self.captures.graphs += 1
@@ -76,6 +79,8 @@ class GatingBackend:
 
         def noted(*args: Any) -> Any:
             ran.append(run)
+            if self.sharding is not None and isinstance(compiled, LayerwiseGraph):
+                return self.sharding.run(compiled, args)
             return (reference() if self.is_referring else compiled)(*args)
 
         return noted

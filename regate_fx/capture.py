@@ -10,7 +10,7 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -31,6 +31,7 @@ from regate_fx.passes.base import Refused
 from regate_fx.passes.pipeline import PIPELINE, REFERENCE, PipelineRun
 from regate_fx.plan import TokenPlan
 from regate_fx.report import Report
+from regate_fx.sharded import Sharding, find_sharding
 from regate_fx.single_position import lengthen, shorten
 from regate_fx.summary import batch_tokens, fuller, summarise
 from regate_fx.symbols import BY_POSITION, mark_sizes
@@ -70,6 +71,7 @@ class GatedEngine:
         self.validation: str | None = None
         self._last: tuple[TokenPlan, Tensor | None] | None = None
         self._live = LivePlan()
+        self._sharding: Sharding | None = None
         self._has_run = False
         self._start(whole=True)
 
@@ -146,6 +148,7 @@ class GatedEngine:
             return shorten(self(*lengthen(plan, inputs, BY_POSITION)))
         trains = torch.is_grad_enabled() and inputs.get("labels") is not None
         checked = self.options.validate and not self.options.reference
+        self._find_sharding()
         if checked and self.validation is None and trains:
             self.validation = self._validate(inputs)
             self._backend.referable = False
@@ -155,6 +158,8 @@ class GatedEngine:
 
     def _validate(self, inputs: dict[str, Any]) -> str:
         """Compare with the untouched model; in eval mode, on a capture of its own, where training mode is random."""
+        if self._sharding is not None:
+            return "not validated: the parameters are sharded; call the gated model once before fully_shard"
         gated = self
         with contextlib.ExitStack() as stack:
             if is_random(self.model, inputs, self._untouched):
@@ -162,6 +167,15 @@ class GatedEngine:
                 gated = GatedEngine(self.model, replace(self.options, backend="eager", keep_logits=False))
                 gated._has_run = self._has_run
             return validate(self.model, inputs, gated._gated, self._untouched, gated._dense_reference)
+
+    def _find_sharding(self) -> None:
+        self._sharding = find_sharding(self.model, self._sharding)
+        if self._sharding is not None and (self.options.scope != "layers" or self.options.reference):
+            raise Unsupported(
+                "a model with sharded layers in one graph",
+                "they hold their parameters only while they run.",
+                "Compile it with scope='layers'.",
+            )
 
     def _dense_reference(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput | None:
         """The dense reference of the captured graphs, None where one of them has none."""
@@ -181,7 +195,8 @@ class GatedEngine:
         except (NotGateable, *_NOT_WHOLE) as error:
             # A break in the graph makes a model several graphs: the plan has to enter each, and a size that
             # passes from one to the next is taken for a constant.
-            if not self._whole or not self._may_break(error):
+            # With sharded layers no code outside the graph may run: it would meet stand-ins of their parameters.
+            if not self._whole or self._sharding is not None or not self._may_break(error):
                 raise _as_refusal(error) from error
         if not self._has_run:
             # What a model does in its first run only, hooks it installs and tables it fills, breaks no later capture.
@@ -207,7 +222,11 @@ class GatedEngine:
         self._live.enter(plan, inputs)
         captures.ran.clear()
         padding = self._live.attention_mask
-        with capture_settings(self._whole), self._live.anchored(self.model, not self._whole):
+        with (
+            capture_settings(self._whole),
+            self._live.anchored(self.model, not self._whole),
+            self._stood_in(),
+        ):
             try:
                 loss, logits, aux_loss = self._run(inputs)(
                     original_forward(self.model), self._live, inputs | self._no_cache, ties, wants_logits
@@ -232,6 +251,16 @@ class GatedEngine:
         return GatedOutput(
             loss=loss, logits=logits, aux_loss=aux_loss, token_loss=token_loss, counted=counted
         )
+
+    @contextlib.contextmanager
+    def _stood_in(self) -> Iterator[None]:
+        """While active, sharded parameters are replaced by stand-ins, until the captured graph runs."""
+        self._backend.sharding = self._sharding
+        try:
+            with contextlib.nullcontext() if self._sharding is None else self._sharding.captured():
+                yield
+        finally:
+            self._backend.sharding = None
 
     def check_captures(self, labelled: bool, refused: list[Refused]) -> None:
         """Whether what was captured in this call is gated; a part that was refused must not pass unnoticed."""

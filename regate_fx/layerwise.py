@@ -27,9 +27,13 @@ class LayerwiseGraph:
     compilations: int
 
     def __call__(self, *args: Any) -> Any:
+        return self.run(args, lambda part, compiled, values: compiled(*values))
+
+    def run(self, args: Sequence[Any], call: Callable[[Part, Compiled, list[Any]], Any]) -> Any:
+        """Run the parts in order. call: runs one compiled part on its inputs."""
         values = dict(zip(self.split.placeholders, args, strict=True))
         for part, compiled in zip(self.split.parts, self.compiled, strict=True):
-            results = compiled(*[values[name] for name in part.inputs])
+            results = call(part, compiled, [values[name] for name in part.inputs])
             values.update(zip(part.outputs, results, strict=True))
             for name in part.last:
                 values.pop(name, None)

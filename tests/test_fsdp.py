@@ -34,12 +34,20 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     return model(**batch.model_inputs(), labels=batch.labels, token_mask=batch.token_mask).loss
 
 
-def shard(gated: Any, policy: MixedPrecisionPolicy | None = None) -> None:
+def shard(gated: Any, policy: MixedPrecisionPolicy | None = None, ends: bool = False) -> None:
+    """ends: embedding, final norm and head apart from the rest, the last two as one group, as accelerate does it."""
     options = {"mesh": init_device_mesh("cpu", (dist.get_world_size(),))}
     if policy is not None:
         options["mp_policy"] = policy
     for layer in gated.model.layers:
         fully_shard(layer, **options)
+    if ends:
+        tail = [gated.model.norm, gated.lm_head]
+        if gated.config.tie_word_embeddings:
+            tail.insert(1, gated.model.embed_tokens)
+        else:
+            fully_shard(gated.model.embed_tokens, **options)
+        fully_shard(tail, reshard_after_forward=False, **options)
     fully_shard(gated, **options)
 
 
@@ -73,25 +81,26 @@ def _rank(rank: int, work: Callable[[int], Any], folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "backend", "checkpointed"),
+    ("name", "backend", "checkpointed", "ends", "tied"),
     [
-        ("llama", "aot_eager", True),
-        ("llama", "inductor", False),
-        ("mixtral", "eager", False),
+        ("llama", "aot_eager", True, False, False),
+        ("llama", "inductor", False, True, False),
+        ("qwen2", "eager", False, True, True),
+        ("mixtral", "eager", False, False, False),
     ],
 )
 def test_sharded_steps_are_those_of_one_process(
-    name: str, backend: str, checkpointed: bool, tmp_path: Path
+    name: str, backend: str, checkpointed: bool, ends: bool, tied: bool, tmp_path: Path
 ) -> None:
     def model() -> Any:
-        made = build(name, num_hidden_layers=3)
+        made = build(name, num_hidden_layers=3, tie_word_embeddings=tied)
         if checkpointed:
             made.gradient_checkpointing_enable({"use_reentrant": False})
         return made
 
     def work(rank: int) -> Any:
         gated = regate_fx.compile(model(), backend=backend, scope="layers", validate=False)
-        shard(gated)
+        shard(gated, ends=ends)
         gradients = train(gated, lambda step: [batch_of(rank, step)])
         kept = all(isinstance(p, DTensor) for p in gated.model.layers.parameters())
         return gradients, kept, gated.report.gated, gated.report.traces

@@ -32,12 +32,24 @@ class Unsupported(RegateError, NotImplementedError):
         super().__init__(f"{what} is not supported: {why} {remedy}")
 
 
-class StoreMismatch(RegateError):
-    """Reference losses, or a saved state, are not there or belong to something else. `where` names the place."""
+class StoreError(RegateError):
+    """Something is wrong with reference losses or a saved state. `where` names the file or folder."""
 
     def __init__(self, where: str, problem: str, remedy: str) -> None:
         self.where = where
         super().__init__(f"{where}: {problem} {remedy}")
+
+
+class StoreMismatch(StoreError):
+    """Reference losses, or a saved state, are not there or belong to something else."""
+
+
+class StoreDamaged(StoreError):
+    """A file of a store is missing, or is not what was written. Nothing was read from it."""
+
+
+class StoreUnwritable(StoreError):
+    """A file of a store could not be written: no space, no permission, no locks. What was published before stays."""
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class ReGate:
             align,
             shifted,
         )
-        self.difficulty = Difficulty(losses.losses.numel(), beta)
+        self.difficulty = Difficulty(losses.labels, beta)
         self.global_step = 0
         self.collate = Collator(self.rules, losses, collator)
         self._steps = OptimizerSteps()

@@ -141,7 +141,7 @@ def describe(batch: Mapping[str, Any], rules: TokenRules, losses: ReferenceLosse
 def label_hash(docs: Documents, label: Tensor, labels: Tensor) -> Tensor:
     """int64 [G]: a hash of the label tokens of each document, in their order, wherever padding lies.
 
-    label: bool [B, S], which labels exist; labels: int64 [B, S].
+    label: bool [B, S], which labels exist; labels: int64 [B, S]. Any other tokens can be hashed like labels.
     """
     return _hash(docs, label, labels, docs.ranks(label))
 
@@ -205,9 +205,9 @@ def _look_up(docs: Documents, roles: Roles, labels: Tensor, losses: ReferenceLos
             "Tokenize and truncate as in the teacher pass, or run the pass again.",
         )
     slot = torch.where(roles.label, docs.spread(starts) + ranks, -1)
-    if losses.losses.numel() == 0:
-        return slot, torch.zeros(slot.shape)
-    return slot, torch.where(roles.label, losses.losses[slot], 0.0)
+    reference = torch.zeros(slot.shape)
+    reference[roles.label] = losses.at(docs.spread(rows).expand_as(slot)[roles.label], slot[roles.label])
+    return slot, reference
 
 
 def _rows(losses: ReferenceLosses, ids: Tensor, found: Tensor, packed: bool) -> Tensor:

@@ -1,9 +1,6 @@
-"""Reference losses on disk: Arrow shards written once by the teacher pass, read by every run after it.
+"""Reference losses: what the teacher said about every label, in memory or mapped from a folder.
 
-A store is a folder of `shard-00000.arrow`, ... and a `manifest.json` that is written last: a folder without one is
-not a store. Each row holds one sample: its id, a hash of its label tokens, and the teacher's loss on each.
-
-Shapes: n samples, T labels of all samples together, G documents of a batch.
+Shapes: n samples, T labels of all samples together, G documents of a batch, K labels of a batch.
 """
 
 from __future__ import annotations
@@ -14,55 +11,68 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Protocol, Self
 
-import datasets
 import numpy as np
 import torch
-from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 
-from regate_fx.errors import InvalidInput, StoreMismatch
+from regate_fx.errors import InvalidInput, StoreDamaged, StoreMismatch
+from regate_fx.runtime import store_files as files
 
-MANIFEST = "manifest.json"
-SAMPLES_PER_SHARD = 100_000
-
-_FEATURES = datasets.Features(
-    {
-        "sample_id": datasets.Value("int64"),
-        "label_hash": datasets.Value("int64"),
-        "losses": datasets.List(datasets.Value("float32")),
-    }
-)
+LossType = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True)
 class SampleLosses:
-    """One sample of the store. losses: float32, one entry for each label other than -100, in order."""
+    """One sample of the store.
+
+    label_hash, text_hash: of its label tokens, and of the tokens that the teacher read
+    losses:                float32, one entry for each label other than -100, in order
+    """
 
     sample_id: int
     label_hash: int
     losses: Sequence[float] | np.ndarray
+    text_hash: int = 0
+
+
+class Values(Protocol):
+    """Where the losses themselves are."""
+
+    def at(self, rows: Tensor, slots: Tensor) -> Tensor: ...
 
 
 class ReferenceLosses:
     """The teacher's loss on every label of a data set (ReGATE, Eq. 1).
 
-    ids:    int64 [n]    sample ids, ascending
-    starts: int64 [n+1]  where the labels of each sample begin in `losses`
-    hashes: int64 [n]    hash of each sample's label tokens
-    losses: float32 [T]
-    about:  what the losses were computed with, by name: teacher, placeholder, ...
+    ids:         int64 [n]    sample ids, ascending
+    starts:      int64 [n+1]  number of each sample's first label among all labels, by ascending id; last, T
+    hashes:      int64 [n]    hash of each sample's label tokens
+    about:       what the losses were computed with, by name: teacher, placeholder, ...
+    fingerprint: hash of `about`, of the samples, of their label tokens and of what the teacher read
+
+    An opened store is mapped: it takes no memory in proportion to its size, is shared by all processes of a machine,
+    and must not be changed while it is in use. Pickled, it is a path.
     """
 
     def __init__(
-        self, ids: Tensor, starts: Tensor, hashes: Tensor, losses: Tensor, about: Mapping[str, Any]
+        self,
+        ids: Tensor,
+        starts: Tensor,
+        hashes: Tensor,
+        values: Values,
+        about: Mapping[str, Any],
+        fingerprint: str,
+        folder: Path | None = None,
     ) -> None:
         self.ids = ids
         self.starts = starts
         self.hashes = hashes
-        self.losses = losses
         self.about = dict(about)
+        self.fingerprint = fingerprint
+        self._values = values
+        self._folder = folder
 
     @classmethod
     def of(cls, samples: Iterable[SampleLosses], about: Mapping[str, Any] | None = None) -> Self:
@@ -70,46 +80,77 @@ class ReferenceLosses:
         ordered = sorted(samples, key=lambda sample: sample.sample_id)
         lengths = [len(sample.losses) for sample in ordered]
         losses = [np.asarray(sample.losses, dtype=np.float32) for sample in ordered]
-        table = cls(
-            torch.tensor([sample.sample_id for sample in ordered], dtype=torch.int64),
-            torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int64),
-            torch.tensor([sample.label_hash for sample in ordered], dtype=torch.int64),
-            torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *losses])),
+        ids = np.array([sample.sample_id for sample in ordered], np.int64)
+        starts = np.array([0, *np.cumsum(lengths)], np.int64)
+        hashes = np.array([sample.label_hash for sample in ordered], np.int64)
+        texts = np.array([sample.text_hash for sample in ordered], np.int64)
+        values = np.concatenate([np.zeros(0, np.float32), *losses])
+        check_unique(ids)
+        check_finite(ids, starts, values)
+        return cls(
+            torch.from_numpy(ids),
+            torch.from_numpy(starts),
+            torch.from_numpy(hashes),
+            _InMemory(torch.from_numpy(values)),
             about or {},
+            label_fingerprint(about or {}, ids, starts, hashes, texts),
         )
-        table._check()
-        return table
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Self:
-        """Read a store. Raises `StoreMismatch` where the folder holds none."""
+        """Map a store. The index is checked now, each shard when its losses are first asked for.
+
+        Raises `StoreMismatch` where the folder holds none, or a file that does not belong to it, and `StoreDamaged`,
+        also in `at`, for a file that is not what was written.
+        """
+        folder = Path(folder).absolute()
         manifest = read_manifest(folder)
-        parts = [_read_shard(Path(folder) / name) for name in manifest["shards"]]
-        ids, hashes, lengths, losses = (np.concatenate(column) for column in zip(*parts, strict=True))
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        order = np.argsort(ids, kind="stable")
-        if not np.array_equal(order, np.arange(len(ids))):
-            losses = np.concatenate([losses[:0], *(losses[starts[i] : starts[i + 1]] for i in order)])
-        table = cls(
-            torch.from_numpy(ids[order]),
-            torch.from_numpy(np.concatenate([[0], np.cumsum(lengths[order])])),
-            torch.from_numpy(hashes[order]),
-            torch.from_numpy(losses),
+        _check_files(folder, manifest["shards"])
+        plan = manifest["plan"]
+        index = {
+            name: torch.from_dlpack(column)
+            for name, column in files.read_arrow(
+                folder / files.INDEX, manifest["index"], index_belonging(plan)
+            ).items()
+        }
+        starts = index["start"]
+        values = _InShards(folder, plan, manifest["shards"], index["shard"], index["offset"], starts)
+        return cls(
+            index["sample_id"][:-1],
+            starts,
+            index["label_hash"][:-1],
+            values,
             manifest["about"],
+            manifest["fingerprint"],
+            folder,
         )
-        table._check()
-        return table
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._folder is None:
+            return super().__reduce_ex__(protocol)
+        return _reopen, (type(self), self._folder, self.fingerprint)
+
     @property
-    def fingerprint(self) -> str:
-        """Hash of what the losses were computed with, and of the samples and their label tokens."""
-        digest = hashlib.sha256(fingerprint(self.about).encode())
-        for tensor in (self.ids, self.starts, self.hashes):
-            digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()
+    def labels(self) -> int:
+        """T."""
+        return int(self.starts[-1])
+
+    @property
+    def losses(self) -> Tensor:
+        """float32 [T]: all losses, read into memory."""
+        rows = torch.repeat_interleave(torch.arange(len(self)), self.starts.diff())
+        return self.at(rows, torch.arange(self.labels))
+
+    def at(self, rows: Tensor, slots: Tensor) -> Tensor:
+        """float32 [K]: the losses of some labels.
+
+        slots: int64 [K], the number of each label among all; rows: int64 [K], the row of its sample, from `find`.
+        Raises `StoreDamaged`.
+        """
+        return self._values.at(rows, slots)
 
     def find(self, ids: Tensor) -> Tensor:
         """int64 [G]: the row of each sample id (int64 [G], on the host).
@@ -124,123 +165,129 @@ class ReferenceLosses:
                 "sample_id",
                 f"{ids[~known][:5].tolist()} are not among the {len(self)} samples that the teacher saw "
                 f"(ids {span}).",
-                "Use the ids of the data set that the reference losses were computed for.",
+                "Use the data set, and its ids, that the reference losses were computed for; if it has grown since, "
+                "run the teacher pass over all of it in another folder.",
             )
         return rows
 
-    def _check(self) -> None:
-        repeated = self.ids[1:][self.ids[1:] == self.ids[:-1]]
-        if len(repeated):
-            raise InvalidInput(
-                "sample_id", f"{repeated[:5].tolist()} come more than once.", "Give every sample its own id."
-            )
-        broken = (~self.losses.isfinite()).nonzero().flatten()
-        if len(broken):
-            row = int(torch.searchsorted(self.starts, broken[0], right=True)) - 1
-            raise InvalidInput(
-                "losses",
-                f"the reference losses of sample {int(self.ids[row])} are NaN or infinite.",
-                "Compute them anew, in a wider dtype if need be.",
-            )
+
+@dataclass(frozen=True)
+class _InMemory:
+    """losses: float32 [T]."""
+
+    losses: Tensor
+
+    def at(self, rows: Tensor, slots: Tensor) -> Tensor:
+        return self.losses[slots]
 
 
-class StoreWriter:
-    """Writes shards as samples come, and the manifest when all have come.
+class _InShards:
+    """Losses in mapped shards: `shard` and `offset`, int64 [n+1], say in which one and where a sample's begin."""
 
-        with StoreWriter(folder, about) as writer:
-            writer.write(sample)
+    def __init__(
+        self, folder: Path, plan: str, names: Sequence[str], shard: Tensor, offset: Tensor, starts: Tensor
+    ) -> None:
+        self._folder = folder
+        self._plan = plan
+        self._names = names
+        self._shard = shard.numpy()
+        self._offset = offset.numpy()
+        self._starts = starts.numpy()
+        self._open: dict[int, np.ndarray] = {}
 
-    A folder in which an error stopped the writer has no manifest. Raises `StoreMismatch` where the folder holds a
-    store already.
-    """
+    def at(self, rows: Tensor, slots: Tensor) -> Tensor:
+        row = rows.numpy()
+        place = self._offset[row] + (slots.numpy() - self._starts[row])
+        shard = self._shard[row]
+        found = np.empty(len(row), np.float32)
+        for number in np.unique(shard).tolist():
+            chosen = np.flatnonzero(shard == number)
+            found[chosen] = self._losses(number)[place[chosen]]
+        return torch.from_numpy(found)
 
-    def __init__(self, folder: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
-        self._folder = Path(folder)
-        self._about = dict(about)
-        self._shards: list[str] = []
-        self._waiting: list[SampleLosses] = []
-
-    def __enter__(self) -> Self:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if (self._folder / MANIFEST).exists():
-            raise StoreMismatch(
-                str(self._folder), "it holds a store already.", "Open it, or choose another folder."
-            )
-        return self
-
-    def write(self, sample: SampleLosses) -> None:
-        self._waiting.append(sample)
-        if len(self._waiting) == SAMPLES_PER_SHARD:
-            self._flush()
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is not None:
-            return
-        if self._waiting or not self._shards:
-            self._flush()
-        manifest = {
-            "fingerprint": fingerprint(self._about),
-            "about": self._about,
-            "shards": self._shards,
-        }
-        _publish(self._folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-
-    def _flush(self) -> None:
-        name = f"shard-{len(self._shards):05d}.arrow"
-        unfinished = self._folder / f".{name}.unfinished"
-        with ArrowWriter(path=str(unfinished), features=_FEATURES) as writer:
-            for sample in self._waiting:
-                losses = np.asarray(sample.losses, dtype=np.float32)
-                writer.write(
-                    {"sample_id": sample.sample_id, "label_hash": sample.label_hash, "losses": losses}
-                )
-            writer.finalize()
-        os.replace(unfinished, self._folder / name)
-        self._shards.append(name)
-        self._waiting.clear()
+    def _losses(self, number: int) -> np.ndarray:
+        """[labels of the shard], as they are stored."""
+        if number not in self._open:
+            name = self._names[number]
+            digest = name.removesuffix(".arrow").rpartition("-")[2]
+            columns = files.read_arrow(self._folder / name, digest, shard_belonging(self._plan, number))
+            self._open[number] = columns["losses"].values.to_numpy()
+        return self._open[number]
 
 
-def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of a store. Raises `StoreMismatch` where there is none, or one that disagrees with itself."""
-    path = Path(folder) / MANIFEST
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a store. Raises `StoreMismatch` where there is none, `StoreDamaged` for a changed one."""
+    path = folder / files.MANIFEST
     if not path.is_file():
         raise StoreMismatch(
             str(folder),
-            f"it holds no {MANIFEST}.",
-            "Run the teacher pass; one that was stopped has to run again.",
+            f"it holds no {files.MANIFEST}.",
+            "Run the teacher pass; one that was stopped goes on where it was.",
         )
-    manifest: dict[str, Any] = json.loads(path.read_bytes())
-    if manifest["fingerprint"] != fingerprint(manifest["about"]):
-        raise StoreMismatch(
-            str(folder), f"{MANIFEST} was changed after it was written.", "Delete the folder."
+    return files.read_sealed(path)
+
+
+def missing_files(folder: Path, shards: Iterable[str]) -> list[str]:
+    """The names of a store's files that are not there."""
+    return sorted({files.INDEX, *shards} - set(os.listdir(folder)))
+
+
+def shard_belonging(plan: str, window: int) -> str:
+    """What the digest of a shard vouches for besides its bytes. plan: digest of the plan."""
+    return f"{plan} shard {window}"
+
+
+def index_belonging(plan: str) -> str:
+    """What the digest of an index vouches for besides its bytes."""
+    return f"{plan} index"
+
+
+def label_fingerprint(about: Mapping[str, Any], *columns: np.ndarray) -> str:
+    """Hash of what losses were computed with, and of columns int64 [n] of their samples."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for column in columns:
+        digest.update(np.ascontiguousarray(column, np.int64).data)
+    return digest.hexdigest()
+
+
+def _check_files(folder: Path, shards: Sequence[str]) -> None:
+    for name in missing_files(folder, shards):
+        raise StoreDamaged(
+            str(folder / name), "it is missing.", "Run the teacher pass again: it computes what is missing."
         )
-    return manifest
+    own = {files.MANIFEST, files.PLAN, files.INDEX, *shards}
+    for name in sorted(os.listdir(folder)):
+        if name not in own and not name.startswith("."):
+            raise StoreMismatch(
+                str(folder / name), "it does not belong to the store in this folder.", "Move it elsewhere."
+            )
 
 
-def fingerprint(about: Mapping[str, Any]) -> str:
-    """Hash of what a store was computed with."""
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+def check_unique(ids: np.ndarray) -> None:
+    """ids: int64 [n], ascending. Raises `InvalidInput` that names those that come twice."""
+    repeated = ids[1:][ids[1:] == ids[:-1]]
+    if len(repeated):
+        raise InvalidInput(
+            "sample_id",
+            f"{np.unique(repeated)[:5].tolist()} come more than once.",
+            "Give every sample its own id; a store is then computed in a new folder.",
+        )
 
 
-def _publish(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+def check_finite(ids: np.ndarray, starts: np.ndarray, losses: np.ndarray) -> None:
+    """ids: int64 [n]; starts: int64 [n+1]; losses: float [T]. Raises `InvalidInput` that names the sample."""
+    broken = np.flatnonzero(~np.isfinite(losses))
+    if len(broken):
+        row = int(np.searchsorted(starts, broken[0], side="right")) - 1
+        raise InvalidInput(
+            "losses",
+            f"the reference losses of sample {int(ids[row])} are NaN or infinite.",
+            "Compute them anew, in a wider dtype if need be.",
+        )
 
 
-def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, hashes, numbers of labels and losses of one shard."""
-    if not path.is_file():
-        raise StoreMismatch(str(path.parent), f"{path.name} is missing.", "Run the teacher pass again.")
-    table = datasets.Dataset.from_file(str(path)).data
-    lists = table.column("losses").combine_chunks()
-    starts = lists.offsets.to_numpy()
-    return (
-        table.column("sample_id").to_numpy(),
-        table.column("label_hash").to_numpy(),
-        np.diff(starts),
-        lists.flatten().to_numpy(),
-    )
+def _reopen(kind: type[ReferenceLosses], folder: Path, fingerprint: str) -> ReferenceLosses:
+    losses = kind.open(folder)
+    if losses.fingerprint != fingerprint:
+        raise StoreMismatch(str(folder), "it is another store than before.", "Start again with the new one.")
+    return losses

@@ -5,29 +5,43 @@ Shapes: B rows, S positions.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from transformers import default_data_collator
 
-from regate_fx.errors import InvalidInput, StoreMismatch
-from regate_fx.runtime.collate import separate_ids
+from regate_fx.errors import StoreMismatch
+from regate_fx.runtime import identity
+from regate_fx.runtime.batches import Batch, Batching, Example
+from regate_fx.runtime.progress import PassProgress
 from regate_fx.runtime.rules import NO_LABEL, documents
 from regate_fx.runtime.samples import label_hash
-from regate_fx.runtime.store import MANIFEST, ReferenceLosses, SampleLosses, StoreWriter, read_manifest
+from regate_fx.runtime.store import LossType, ReferenceLosses, SampleLosses, check_unique, read_manifest
+from regate_fx.runtime.store_files import MANIFEST
+from regate_fx.runtime.store_writer import (
+    SAMPLES_PER_SHARD,
+    Plan,
+    StoreWriter,
+    check_about,
+    check_samples,
+    is_finished,
+)
 from regate_fx.runtime.text_only import TextOnly, visual_token_ids
+from regate_fx.runtime.windows import Windows, fill
+
+_ROWS = 8
 
 
 def teacher_losses(
     model: nn.Module,
-    data: Dataset[Any] | Sequence[Any],
+    data: Iterable[Any],
     folder: str | os.PathLike[str],
     *,
     tokenizer: Any = None,
@@ -38,174 +52,204 @@ def teacher_losses(
     visual_ids: Sequence[int] | None = None,
     placeholder_id: int | None = None,
     shifted: bool = True,
-    batch_size: int = 8,
+    batch_size: int | None = None,
+    max_tokens_per_batch: int | None = None,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    dtype: torch.dtype | None = None,
+    losses_dtype: LossType = "float32",
+    settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> ReferenceLosses:
     """The teacher's loss on every label of `data`, read from `folder` or computed and stored there.
 
-    model:        the student as it will be trained; without `teacher` its own backbone, frozen as it is now, is the
-                  teacher: the same sequence and positions, visual tokens replaced by the placeholder
-    data:         examples, each a mapping with its own `sample_id`
-    tokenizer:    tells special ids and the placeholder (padding, else end of sequence); else the config does
-    collator:     makes a batch of a list of examples without `sample_id`; by default transformers' own
-    teacher:      another causal model, with `teacher_tokenizer`, of the student's vocabulary
-    special_ids:  labels that are always counted; visual_ids: input ids that stand for pictures; both recorded
-    shifted:      the teacher predicts label t at position t - 1
+    A pass that was stopped, however, goes on where it was: a finished shard is not computed again. Any number of
+    processes may call this with the same arguments and folder (the ranks of `accelerate launch`, or several starts by
+    hand); each takes shards that nobody has, and all return when all are done. They must see the same folder, on a
+    file system with locks; each needs the whole model. The model stays on the device where it is.
 
-    Raises `InvalidInput` for samples without id or with an id that came before, and for a teacher of another
-    vocabulary; `StoreMismatch` where the folder holds losses of another teacher or other settings.
+    model:         the student as it will be trained; without `teacher` its own backbone, frozen as it is now, is the
+                   teacher: the same sequence and positions, visual tokens replaced by the placeholder
+    data:          examples, each a mapping with its own `sample_id`: a sequence or data set of known length, or an
+                   iterable one that gives the same examples in the same order each time it is read
+    tokenizer:     or processor; tells special ids and the placeholder (padding, else end of sequence); else the config
+    collator:      makes a batch of a list of examples without `sample_id`, a row of each; by default transformers' own
+    teacher:       another causal model, with `teacher_tokenizer`, of the student's vocabulary
+    special_ids:   labels that are always counted; visual_ids: input ids that stand for pictures; both recorded
+    shifted:       the teacher predicts label t at position t - 1
+    batch_size:    most rows of a batch, 8 unless `max_tokens_per_batch` is given: most positions of a batch, padding
+                   included, which is what decides memory
+    samples_per_shard: samples that are lost when the pass is killed, at most, for each process
+    dtype:         run under autocast to this dtype, such as torch.bfloat16
+    losses_dtype:  "float32", or "float16" for half the space: a loss x is then off by at most
+                   max(x / 2048, 2 ** -25), and one above 65504 is refused
+    settings:      what else decides the tokens, such as the length to which the collator truncates; recorded, compared
+
+    Raises `InvalidInput` for samples without id or with an id that comes twice, and for a teacher of another
+    vocabulary; `StoreMismatch` where the folder holds losses of another teacher, data set or settings;
+    `StoreDamaged` for files that are not what was written; `StoreUnwritable`.
     """
+    tokenizer, teacher_tokenizer = (getattr(it, "tokenizer", it) for it in (tokenizer, teacher_tokenizer))
     if teacher is not None:
-        _check_vocabulary(model, teacher, tokenizer, teacher_tokenizer)
+        identity.check_vocabulary(model, teacher, tokenizer, teacher_tokenizer)
     chosen = model if teacher is None else teacher
-    visual = tuple(visual_token_ids(_config(model)) if visual_ids is None else visual_ids)
-    placeholder = _placeholder(model, tokenizer) if placeholder_id is None else placeholder_id
-    about = {
-        "teacher": _weights_hash(chosen),
-        "vocabulary": _vocabulary_hash(tokenizer),
-        "special_ids": sorted(_special_ids(model, tokenizer) if special_ids is None else special_ids),
-        "visual_ids": sorted(visual),
-        "placeholder_id": placeholder,
-        "placeholder_is_attended": True,
-        "position_ids": "the student's, with pictures",
-        "shifted": shifted,
-        "dtype": str(next(chosen.parameters()).dtype),
-    }
-    if (Path(folder) / MANIFEST).exists():
-        _check_same(folder, about)
+    visual = tuple(visual_token_ids(identity.config_of(model)) if visual_ids is None else visual_ids)
+    placeholder = identity.placeholder_of(model, tokenizer) if placeholder_id is None else placeholder_id
+    about = identity.what_decides(
+        chosen,
+        tokenizer,
+        special_ids=identity.special_ids_of(model, tokenizer) if special_ids is None else special_ids,
+        visual_ids=visual,
+        placeholder=placeholder,
+        shifted=shifted,
+        dtype=dtype,
+        settings=settings,
+        losses=losses_dtype,
+    )
+    windows = Windows(data, samples_per_shard)
+    rows = batch_size or (_ROWS if max_tokens_per_batch is None else max_tokens_per_batch)
+    batching = Batching(collator or default_data_collator, rows, max_tokens_per_batch)
+    batches = {"batch_size": rows, "max_tokens_per_batch": max_tokens_per_batch}
+    plan = Plan(about, windows.samples, samples_per_shard, losses_dtype, batches)
+    if _is_computed(Path(folder), plan):
         return ReferenceLosses.open(folder)
+    _check_ids(data)
     text_only = TextOnly(chosen, model, visual, placeholder)
-    loader: DataLoader[Any] = DataLoader(data, batch_size=batch_size, collate_fn=_Separate(collator))
-    seen: set[int] = set()
-    with StoreWriter(folder, about) as writer:
-        for ids, batch in _watched(loader, progress):
-            for sample in _score(text_only, chosen, ids, batch, shifted):
-                if sample.sample_id in seen:
-                    raise InvalidInput(
-                        "sample_id",
-                        f"{sample.sample_id} comes more than once.",
-                        "Give every sample its own id.",
-                    )
-                seen.add(sample.sample_id)
-                writer.write(sample)
+    rank, ranks = _rank()
+    writer = StoreWriter(folder, plan)
+    with PassProgress(windows.samples, shown=progress and rank == 0) as bar:
+        scorer = Scorer(text_only, chosen, batching, shifted, dtype, bar)
+        check = _Unchanged(writer, windows, scorer, Path(folder))
+        count = fill(
+            writer,
+            windows,
+            scorer.score,
+            check,
+            rank=rank,
+            ranks=ranks,
+            passed=lambda window: bar.passed(windows.length(window)),
+        )
+    writer.publish(count)
     return ReferenceLosses.open(folder)
 
 
-class _Separate:
-    """Collates examples, their ids apart."""
+class Scorer:
+    """The teacher with all that it needs to make losses of examples."""
 
-    def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]] | None) -> None:
-        self._collator = collator or default_data_collator
+    def __init__(
+        self,
+        text_only: TextOnly,
+        teacher: nn.Module,
+        batching: Batching,
+        shifted: bool,
+        dtype: torch.dtype | None,
+        progress: PassProgress,
+    ) -> None:
+        self._text_only = text_only
+        self._device = next(teacher.parameters()).device
+        self._batching = batching
+        self._shifted = shifted
+        self._dtype = dtype
+        self._progress = progress
 
-    def __call__(self, examples: list[Mapping[str, Any]]) -> tuple[Tensor, dict[str, Any]]:
-        ids, rest = separate_ids(examples)
-        return ids, dict(self._collator(rest))
+    def score(self, examples: Iterable[Example]) -> list[SampleLosses]:
+        """The losses of all examples, in their order."""
+        found: dict[int, SampleLosses] = {}
+        for batch in self._batching.batches(examples):
+            found.update(zip(batch.places, self._score(batch), strict=True))
+        return [found[place] for place in range(len(found))]
 
+    def identify(self, example: Example) -> SampleLosses:
+        """What is known of an example without asking the teacher."""
+        batch = self._batching.batch([(0, example)])
+        (sample,) = self._samples(batch, torch.zeros(batch.inputs["labels"].shape))
+        return sample
 
-def _watched(loader: DataLoader[Any], progress: bool) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    columns = TextColumn("teacher pass"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, disable=not progress) as bar:
-        yield from bar.track(loader)
+    def _score(self, batch: Batch) -> Iterator[SampleLosses]:
+        moved = {name: self._moved(value) for name, value in batch.inputs.items()}
+        with self._autocast():
+            losses = self._text_only.token_loss(moved, self._shifted).cpu()
+        self._progress.computed(len(batch.ids), int(_real(batch.inputs).sum()))
+        return self._samples(batch, losses)
 
+    def _samples(self, batch: Batch, losses: Tensor) -> Iterator[SampleLosses]:
+        labels: Tensor = batch.inputs["labels"]
+        docs = documents(batch.ids, (labels.shape[0], labels.shape[1]))
+        real = _real(batch.inputs)
+        label = (labels != NO_LABEL) & real
+        hashes = label_hash(docs, label, labels)
+        ids = batch.inputs.get("input_ids")
+        texts = torch.zeros_like(hashes) if ids is None else label_hash(docs, real, ids)
+        for row, sample_id in enumerate(batch.ids.tolist()):
+            values = losses[row, label[row]].numpy()
+            yield SampleLosses(sample_id, int(hashes[row]), values, int(texts[row]))
 
-def _score(
-    text_only: TextOnly, teacher: nn.Module, ids: Tensor, batch: dict[str, Any], shifted: bool
-) -> Iterator[SampleLosses]:
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.dim() != 2:
-        raise InvalidInput("labels", "the collator made no labels [B, S].", "Collate them with the rest.")
-    device = next(teacher.parameters()).device
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    losses = text_only.token_loss(moved, shifted).cpu()
-    label = _labels_of(batch, labels)
-    hashes = label_hash(documents(ids, (labels.shape[0], labels.shape[1])), label, labels)
-    for row, sample_id in enumerate(ids.tolist()):
-        yield SampleLosses(sample_id, int(hashes[row]), losses[row, label[row]].numpy())
+    def _moved(self, value: Any) -> Any:
+        return value.to(self._device) if isinstance(value, Tensor) else value
 
-
-def _labels_of(batch: Mapping[str, Any], labels: Tensor) -> Tensor:
-    """bool [B, S]: the labels that exist, as selection sees them."""
-    mask = batch.get("attention_mask")
-    label = labels != NO_LABEL
-    return label & (mask != 0) if isinstance(mask, Tensor) and mask.shape == labels.shape else label
-
-
-def _check_same(folder: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
-    stored = read_manifest(folder)["about"]
-    differing = sorted(name for name in about.keys() | stored.keys() if about.get(name) != stored.get(name))
-    if differing:
-        raise StoreMismatch(
-            str(folder),
-            f"its losses were computed with another {', '.join(differing)}.",
-            "Choose another folder, or open it with ReferenceLosses.open if the model has been trained since.",
-        )
-
-
-def _check_vocabulary(student: nn.Module, teacher: nn.Module, tokenizer: Any, teacher_tokenizer: Any) -> None:
-    sizes = _vocabulary_size(student), _vocabulary_size(teacher)
-    if sizes[0] != sizes[1]:
-        raise InvalidInput(
-            "teacher",
-            f"knows {sizes[1]} tokens, the student {sizes[0]}.",
-            "Use a teacher with the student's tokenizer.",
-        )
-    if tokenizer is None or teacher_tokenizer is None:
-        raise InvalidInput(
-            "teacher_tokenizer",
-            "cannot be compared with the student's.",
-            "Pass tokenizer and teacher_tokenizer along with a teacher of its own.",
-        )
-    if tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
-        raise InvalidInput(
-            "teacher_tokenizer",
-            "gives tokens other ids than the student's.",
-            "Use a teacher with the student's tokenizer.",
-        )
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, self._dtype)
 
 
-def _config(model: Any) -> Any:
-    return getattr(model, "config", None)
+def _real(inputs: Mapping[str, Any]) -> Tensor:
+    """bool [B, S]: the positions that are no padding."""
+    mask, labels = inputs.get("attention_mask"), inputs["labels"]
+    if isinstance(mask, Tensor) and mask.shape == labels.shape:
+        return mask != 0
+    return torch.ones_like(labels, dtype=torch.bool)
 
 
-def _text_config(model: Any) -> Any:
-    config = _config(model)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+class _Unchanged:
+    """Compares a window that was computed at an earlier start with the data as they are now."""
+
+    def __init__(self, writer: StoreWriter, windows: Windows, scorer: Scorer, folder: Path) -> None:
+        self._writer = writer
+        self._windows = windows
+        self._scorer = scorer
+        self._folder = folder
+
+    def __call__(self, window: int, examples: Iterator[Example]) -> None:
+        stored = self._writer.read(window)
+        now = self._scorer.identify(next(examples))
+        before = {name: stored[name][0].as_py() for name in ("sample_id", "label_hash", "text_hash")}
+        differing = [name for name, value in before.items() if getattr(now, name) != value]
+        if differing:
+            raise StoreMismatch(
+                str(self._folder),
+                f"the data set is not the one that the pass was begun with: sample {before['sample_id']} came first "
+                f"in window {window}, now sample {now.sample_id} does, and {', '.join(differing)} differs.",
+                "Go on with the same data, tokenizer and collator, or choose another folder.",
+            )
+        if self._windows.samples is None:
+            count = 1 + sum(1 for _ in examples)
+            if count != len(stored["sample_id"]):
+                raise StoreMismatch(
+                    str(self._folder),
+                    f"window {window} of the data set had {len(stored['sample_id'])} samples when the pass was begun, "
+                    f"it now has {count}.",
+                    "Go on with the data set as it was, or choose another folder.",
+                )
 
 
-def _vocabulary_size(model: Any) -> int | None:
-    return getattr(_text_config(model), "vocab_size", None)
+def _is_computed(folder: Path, plan: Plan) -> bool:
+    """Whether the folder holds the losses. Raises `StoreMismatch` where it holds those of something else."""
+    if not (folder / MANIFEST).exists():
+        return False
+    stored, wanted = read_manifest(folder), plan.content()
+    check_about(folder, stored["about"], wanted["about"])
+    check_samples(folder, stored["samples"], plan.samples, finished=True)
+    return is_finished(folder)
 
 
-def _placeholder(model: nn.Module, tokenizer: Any) -> int | None:
-    for source in (tokenizer, _config(model), _text_config(model)):
-        for name in ("pad_token_id", "eos_token_id"):
-            value = getattr(source, name, None)
-            if value is not None:
-                return int(value[0]) if isinstance(value, list | tuple) else int(value)
-    return None
+def _check_ids(data: Any) -> None:
+    """Raises `InvalidInput` for ids that come twice, where a data set has them in a column: before hours of work."""
+    if isinstance(data, datasets.Dataset) and "sample_id" in data.column_names:
+        check_unique(np.sort(data.with_format("numpy")["sample_id"][:]))
 
 
-def _special_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    if tokenizer is not None:
-        return set(tokenizer.all_special_ids)
-    found: set[Any] = set()
-    for source in (_config(model), _text_config(model), getattr(model, "generation_config", None)):
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(source, name, None)
-            found.update(value if isinstance(value, list | tuple) else [value])
-    return {value for value in found if isinstance(value, int)}
-
-
-def _weights_hash(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _vocabulary_hash(tokenizer: Any) -> str | None:
-    if tokenizer is None:
-        return None
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+def _rank() -> tuple[int, int]:
+    """The number of this process and of all, where a launcher started several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

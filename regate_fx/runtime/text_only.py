@@ -1,6 +1,6 @@
 """Run a model without its pictures: what the text alone says about every label.
 
-Shapes: B rows, S positions, V vocabulary, K labels.
+Shapes: B rows, S positions.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regate_fx.errors import InvalidInput
 from regate_fx.modes import evaluating
+from regate_fx.runtime.label_losses import LabelLosses
 
 _VISUAL_NAME = re.compile(r"(image|video|audio)_token_(id|index)")
 _TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids")
 _NOT_FOR_MODEL = ("labels", "sample_id")
-_ROWS_AT_ONCE = 1024
 
 
 def visual_token_ids(config: Any) -> tuple[int, ...]:
@@ -50,6 +49,7 @@ class TextOnly:
         self._visual = torch.tensor(visual_ids, dtype=torch.int64)
         self._placeholder = placeholder
         self._by_index = False
+        self._losses = LabelLosses(teacher)
 
     def token_loss(self, batch: Mapping[str, Any], shifted: bool = True) -> Tensor:
         """float32 [B, S]: negative log-likelihood of label t at index t, 0 where there is none.
@@ -59,8 +59,7 @@ class TextOnly:
         labels: Tensor = batch["labels"]
         inputs = {name: value for name, value in batch.items() if name not in _NOT_FOR_MODEL}
         with evaluating(self._teacher), evaluating(self._student), torch.no_grad():
-            logits = self._teacher(**self._text_inputs(inputs)).logits
-        return _negative_log_likelihood(logits, labels, shifted)
+            return self._losses(self._text_inputs(inputs), labels, shifted)
 
     def _text_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if not len(self._visual):
@@ -114,17 +113,3 @@ def _positions_with_pictures(model: Any, inputs: dict[str, Any]) -> Tensor | Non
     raise InvalidInput(
         "model", "never entered the module that its get_decoder() names.", "Pass position_ids in the batch."
     )
-
-
-def _negative_log_likelihood(logits: Tensor, labels: Tensor, shifted: bool) -> Tensor:
-    """By label, float32 [B, S]; the float32 copy of the logits is made for a few rows [K, V] at a time."""
-    has_label = labels != -100
-    if shifted:
-        has_label[:, 0] = False
-    row, index = has_label.nonzero(as_tuple=True)
-    losses = logits.new_zeros(labels.shape, dtype=torch.float32)
-    for begin in range(0, len(row), _ROWS_AT_ONCE):
-        at = slice(begin, begin + _ROWS_AT_ONCE)
-        predicted = logits[row[at], index[at] - int(shifted)].float()
-        losses[row[at], index[at]] = F.cross_entropy(predicted, labels[row[at], index[at]], reduction="none")
-    return losses

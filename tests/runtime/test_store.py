@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+import copy
+import pickle
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from stores import ABOUT, assert_same, random_samples, write_store
 
 from regate_fx.errors import InvalidInput, StoreMismatch
-from regate_fx.runtime import ReferenceLosses, SampleLosses, store
-from regate_fx.runtime.store import MANIFEST, StoreWriter
+from regate_fx.runtime import ReferenceLosses, SampleLosses
+from regate_fx.runtime.store_files import MANIFEST
 
 SAMPLES = [
     SampleLosses(7, 70, [0.5, 1.5]),
@@ -22,100 +24,125 @@ SAMPLES = [
 ]
 
 
-def written(folder: Path, samples: Iterable[SampleLosses]) -> ReferenceLosses:
-    with StoreWriter(folder, {"teacher": "t"}) as writer:
-        for sample in samples:
-            writer.write(sample)
-    return ReferenceLosses.open(folder)
-
-
 @pytest.mark.parametrize("per_shard", [1, 2, 3, 100])
-def test_what_was_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_shard: int) -> None:
-    monkeypatch.setattr(store, "SAMPLES_PER_SHARD", per_shard)
-    found = written(tmp_path / "new" / "store", SAMPLES)
-    in_memory = ReferenceLosses.of(SAMPLES, {"teacher": "t"})
-    for losses in (found, in_memory):
+def test_what_was_written_is_read(tmp_path: Path, per_shard: int) -> None:
+    folder = tmp_path / "new" / "store"
+    for losses in (write_store(folder, SAMPLES, per_shard), ReferenceLosses.of(SAMPLES, ABOUT)):
         assert losses.ids.tolist() == [-3, 5, 7, 2**40]
         assert losses.starts.tolist() == [0, 0, 3, 5, 6]
         assert losses.hashes.tolist() == [30, -50, 70, 10]
         assert losses.losses.tolist() == [1.0, 2.0, 3.0, 0.5, 1.5, 4.0]
-        assert losses.about == {"teacher": "t"}
-    assert found.fingerprint == in_memory.fingerprint
-    assert len(list((tmp_path / "new" / "store").glob("*.arrow"))) == -(-len(SAMPLES) // per_shard)
+        assert losses.labels == 6
+        assert losses.about == ABOUT
+    assert len(list(folder.glob("shard-*.arrow"))) == -(-len(SAMPLES) // per_shard)
+
+
+def test_losses_of_some_labels_from_several_shards(tmp_path: Path) -> None:
+    samples = random_samples(200)
+    mapped, in_memory = write_store(tmp_path, samples, 30), ReferenceLosses.of(samples, ABOUT)
+    assert_same(mapped, samples)
+    rows = torch.repeat_interleave(torch.arange(200), in_memory.starts.diff())
+    chosen = torch.randint(mapped.labels, (500,))
+    found = mapped.at(rows[chosen], chosen)
+    assert torch.equal(found, in_memory.at(rows[chosen], chosen))
+    assert torch.equal(found, in_memory.losses[chosen])
 
 
 def test_an_empty_store(tmp_path: Path) -> None:
-    found = written(tmp_path, [])
-    assert len(found) == 0
+    found = write_store(tmp_path, [])
+    assert len(found) == found.labels == 0
+    assert found.losses.tolist() == []
     with pytest.raises(InvalidInput, match="not among the 0 samples"):
         found.find(torch.tensor([1]))
 
 
 def test_finding_samples(tmp_path: Path) -> None:
-    found = written(tmp_path, SAMPLES)
+    found = write_store(tmp_path, SAMPLES)
     assert found.find(torch.tensor([2**40, -3, 7, 7])).tolist() == [3, 0, 2, 2]
-    with pytest.raises(InvalidInput, match=r"sample_id: \[6, 2\] are not among the 4 samples") as caught:
+    with pytest.raises(
+        InvalidInput, match=r"sample_id: \[6, 2\] are not among the 4 .* grown since, run"
+    ) as caught:
         found.find(torch.tensor([5, 6, 2]))
     assert caught.value.argument == "sample_id"
 
 
 def test_the_fingerprint_tells_stores_apart() -> None:
-    base = ReferenceLosses.of(SAMPLES, {"teacher": "t"}).fingerprint
+    base = ReferenceLosses.of(SAMPLES, ABOUT).fingerprint
     assert base != ReferenceLosses.of(SAMPLES, {"teacher": "u"}).fingerprint
-    assert base != ReferenceLosses.of(SAMPLES[:-1], {"teacher": "t"}).fingerprint
-    assert base == ReferenceLosses.of(SAMPLES[::-1], {"teacher": "t"}).fingerprint
+    assert base != ReferenceLosses.of(SAMPLES[:-1], ABOUT).fingerprint
+    read_another_prompt = SampleLosses(5, -50, [1.0, 2.0, 3.0], text_hash=1)
+    assert base != ReferenceLosses.of([*SAMPLES[:-1], read_another_prompt], ABOUT).fingerprint
+    assert base == ReferenceLosses.of(SAMPLES[::-1], ABOUT).fingerprint
 
 
-def test_a_sample_that_comes_twice() -> None:
+def test_a_sample_that_comes_twice(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"sample_id: \[7\] come more than once"):
         ReferenceLosses.of([*SAMPLES, SAMPLES[0]])
+    for name, per_shard in (("one shard", 5), ("two shards", 4)):
+        with pytest.raises(InvalidInput, match=r"sample_id: \[7\] come more than once.*new folder"):
+            write_store(tmp_path / name, [*SAMPLES, SAMPLES[0]], per_shard)
+        with pytest.raises(StoreMismatch, match=MANIFEST):
+            ReferenceLosses.open(tmp_path / name)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_losses_that_are_not_finite(broken: float) -> None:
+def test_losses_that_are_not_finite(tmp_path: Path, broken: float) -> None:
+    samples = [SampleLosses(9, 0, [1.0]), SampleLosses(7, 0, [1.0, broken]), SampleLosses(3, 0, [])]
     with pytest.raises(InvalidInput, match="reference losses of sample 7 are NaN or infinite"):
-        ReferenceLosses.of([SAMPLES[0], SampleLosses(9, 0, [1.0]), SampleLosses(7, 0, [1.0, broken])][1:])
-
-
-def test_a_folder_without_a_store(tmp_path: Path) -> None:
-    with pytest.raises(StoreMismatch, match=MANIFEST):
-        ReferenceLosses.open(tmp_path)
-
-
-def test_a_pass_that_was_stopped_leaves_no_store(tmp_path: Path) -> None:
-    def samples() -> Iterator[SampleLosses]:
-        yield SAMPLES[0]
-        raise RuntimeError("stopped")
-
-    with pytest.raises(RuntimeError):
-        written(tmp_path, samples())
-    with pytest.raises(StoreMismatch, match="stopped has to run again"):
-        ReferenceLosses.open(tmp_path)
-
-
-def test_a_missing_shard(tmp_path: Path) -> None:
-    written(tmp_path, SAMPLES)
-    next(tmp_path.glob("*.arrow")).unlink()
-    with pytest.raises(StoreMismatch, match=r"shard-00000\.arrow is missing"):
-        ReferenceLosses.open(tmp_path)
-
-
-def test_a_changed_manifest(tmp_path: Path) -> None:
-    written(tmp_path, SAMPLES)
-    manifest = json.loads((tmp_path / MANIFEST).read_text())
-    manifest["about"]["teacher"] = "another"
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(StoreMismatch, match="was changed"):
-        ReferenceLosses.open(tmp_path)
-
-
-def test_a_store_is_not_written_over(tmp_path: Path) -> None:
-    written(tmp_path, SAMPLES)
-    with pytest.raises(StoreMismatch, match="holds a store already"), StoreWriter(tmp_path, {}):
-        pass
-    assert len(ReferenceLosses.open(tmp_path)) == len(SAMPLES)
+        ReferenceLosses.of(samples)
+    with pytest.raises(InvalidInput, match="reference losses of sample 7 are NaN or infinite"):
+        write_store(tmp_path, samples)
 
 
 def test_losses_are_float32(tmp_path: Path) -> None:
-    exact = np.float32(0.1)
-    assert written(tmp_path, [SampleLosses(0, 0, [0.1])]).losses[0] == exact
+    assert write_store(tmp_path, [SampleLosses(0, 0, [0.1])]).losses[0] == np.float32(0.1)
+
+
+def test_losses_as_float16_are_off_by_no_more_than_said(tmp_path: Path) -> None:
+    exact = torch.cat([torch.logspace(-12, 4.8, 4000, dtype=torch.float64), torch.tensor([0.0, 65504.0])])
+    found = write_store(
+        tmp_path / "half", [SampleLosses(0, 0, exact.float().tolist())], losses="float16"
+    ).losses
+    assert found.dtype == torch.float32
+    assert bool(((found.double() - exact).abs() <= (exact / 2048).clamp(min=2**-25)).all())
+    with pytest.raises(
+        InvalidInput, match=r"losses_dtype: is float16, .* loss of 70000 \(sample 4\)\. Store float32"
+    ):
+        write_store(
+            tmp_path / "more",
+            [SampleLosses(3, 0, [1.0]), SampleLosses(4, 0, [7e4])],
+            losses="float16",
+        )
+
+
+def test_a_shard_is_a_data_set(tmp_path: Path) -> None:
+    write_store(tmp_path, SAMPLES, 2)
+    shard = datasets.Dataset.from_file(str(sorted(tmp_path.glob("shard-00001-*"))[0]))
+    assert shard["sample_id"][:] == [2**40, 5]
+    assert shard["losses"][:] == [[4.0], [1.0, 2.0, 3.0]]
+
+
+def test_a_copy_is_the_same_store(tmp_path: Path) -> None:
+    samples = random_samples(20)
+    found = write_store(tmp_path, samples)
+    sent = pickle.dumps(found)
+    assert len(sent) < 1000
+    for losses in (
+        pickle.loads(sent),
+        copy.deepcopy(found),
+        copy.deepcopy(ReferenceLosses.of(samples, ABOUT)),
+    ):
+        assert_same(losses, samples)
+    for file in tmp_path.iterdir():
+        if file.is_file():
+            file.unlink()
+    write_store(tmp_path, samples[:-1])
+    with pytest.raises(StoreMismatch, match="another store than before"):
+        pickle.loads(sent)
+
+
+def test_a_mapped_store_can_be_written_to_without_harm(tmp_path: Path) -> None:
+    samples = random_samples(20)
+    found = write_store(tmp_path, samples)
+    found.ids.add_(1)
+    assert_same(ReferenceLosses.open(tmp_path), samples)

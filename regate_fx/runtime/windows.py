@@ -1,0 +1,130 @@
+"""A data set cut into windows, windows into batches, and the work shared between processes.
+
+A window is a run of samples in the order of the data; each becomes one shard. Its batches depend on the window alone,
+so that whoever computes it, whenever, computes the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from regate_fx.errors import InvalidInput
+from regate_fx.runtime.store import SampleLosses
+from regate_fx.runtime.store_writer import StoreWriter
+
+Example = Mapping[str, Any]
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+
+
+class Windows:
+    """The windows of a data set: an indexable one of known length, or a stream that is read from its beginning.
+
+    samples: number of samples, None of a stream; count: of windows, 0 of a stream.
+    """
+
+    def __init__(self, data: Any, size: int) -> None:
+        """size: samples of a window. Raises `InvalidInput` for data that can be read once only."""
+        if isinstance(data, Iterator):
+            raise InvalidInput(
+                "data",
+                "is an iterator, which can be read only once.",
+                "Pass what it was made from, a sequence or an iterable data set.",
+            )
+        if size < 1:
+            raise InvalidInput("samples_per_shard", f"is {size}.", "Give at least 1.")
+        self._data = data
+        self._size = size
+        indexable = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+        self.samples = len(data) if indexable else None
+        self.count = -(-(self.samples or 0) // size)
+
+    def sweep(self, first: int = 0) -> Iterator[tuple[int, Iterator[Example]]]:
+        """Every window with its examples, which are read when asked for; not to be asked for after the next window.
+
+        first: the window to begin with; a stream begins with its first in any case.
+        """
+        if self.samples is None:
+            yield from self._stream()
+            return
+        for step in range(self.count):
+            window = (first + step) % self.count
+            begin = window * self._size
+            rows = range(begin, min(begin + self._size, self.samples))
+            yield window, (self._data[row] for row in rows)
+
+    def _stream(self) -> Iterator[tuple[int, Iterator[Example]]]:
+        examples = iter(self._data)
+        for window in itertools.count():
+            first = list(itertools.islice(examples, 1))
+            if not first:
+                return
+            inside = itertools.chain(first, itertools.islice(examples, self._size - 1))
+            yield window, inside
+            for _ in inside:
+                pass
+
+    def length(self, window: int) -> int:
+        """Samples of a window; of a stream, at most so many."""
+        return self._size if self.samples is None else min(self._size, self.samples - window * self._size)
+
+
+def fill(
+    writer: StoreWriter,
+    windows: Windows,
+    score: Callable[[Iterator[Example]], Sequence[SampleLosses]],
+    check: Callable[[int, Iterator[Example]], None] = lambda window, examples: None,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    passed: Callable[[int], None] = lambda window: None,
+) -> int:
+    """Compute every window that nobody has computed, until all are published. Returns their number.
+
+    score:  the losses of the examples of a window, in their order
+    check:  called with each window that was published before, and its examples; by one of `ranks`
+    passed: called with each window that was published, or is, by someone else
+    A stream is read again where a window was left to a process that then died.
+    """
+    before = writer.shards().keys()
+    first = rank * windows.count // ranks
+    done: set[int] = set()
+    while True:
+        held: set[int] = set()
+        for window, examples in windows.sweep(first):
+            if window in done:
+                continue
+            if window in before and window % ranks == rank:
+                check(window, examples)
+            if not writer.has(window):
+                with writer.claim(window) as mine:
+                    if not mine:
+                        held.add(window)
+                        continue
+                    # Between the look and the lock, someone else may have published it.
+                    if not writer.has(window):
+                        writer.write(window, score(examples))
+                        done.add(window)
+                        continue
+            passed(window)
+            done.add(window)
+        finished = held - _wait(writer, held)
+        for window in finished:
+            passed(window)
+        done |= finished
+        if finished == held:
+            return len(done)
+
+
+def _wait(writer: StoreWriter, held: set[int]) -> set[int]:
+    """Until each window is published, or until the holder of one is gone. Returns those that are not published."""
+    while waiting := {window for window in held if not writer.has(window)}:
+        for window in waiting:
+            with writer.claim(window) as free:
+                if free:
+                    return waiting
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return waiting

@@ -13,7 +13,7 @@ from regate_fx.errors import InvalidInput
 
 
 def check_vocabulary(student: nn.Module, teacher: nn.Module, tokenizer: Any, teacher_tokenizer: Any) -> None:
-    sizes = _vocabulary_size(student), _vocabulary_size(teacher)
+    sizes = vocabulary_size(student), vocabulary_size(teacher)
     if sizes[0] != sizes[1]:
         raise InvalidInput(
             "teacher",
@@ -83,7 +83,7 @@ def _text_config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _vocabulary_size(model: Any) -> int | None:
+def vocabulary_size(model: Any) -> int | None:
     return getattr(_text_config(model), "vocab_size", None)
 
 

@@ -142,13 +142,14 @@ def _mapped(path: Path) -> np.ndarray:
         raise StoreDamaged(str(path), f"it cannot be read ({error}).", _CHECK_DISK) from error
 
 
-def sealed(content: Mapping[str, Any]) -> bytes:
-    """JSON text that carries its own checksum."""
-    return json.dumps({"checksum": checksum_of(content), **content}, indent=1).encode()
+def publish_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Publish JSON text that carries its own name, format and checksum."""
+    named = {"file": path.name, "format": FORMAT, **content}
+    publish(path, json.dumps({"checksum": checksum_of(named), **named}, indent=1).encode())
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What was given to `sealed`. Raises `StoreDamaged`, and `StoreMismatch` for a file of another version."""
+    """What was given to `publish_sealed`. Raises `StoreDamaged`, and `StoreMismatch` for a file of another version."""
     try:
         content = json.loads(path.read_bytes())
         checksum = content.pop("checksum", None) if isinstance(content, dict) else None
@@ -159,14 +160,15 @@ def read_sealed(path: Path) -> dict[str, Any]:
         raise StoreDamaged(str(path), f"it cannot be read ({error.strerror}).", _CHECK_DISK) from error
     if not isinstance(content, dict):
         raise StoreDamaged(str(path), "it is not what was written.", _AGAIN)
-    if content.get("format") != FORMAT:
+    version = content.pop("format", None)
+    if version != FORMAT:
         raise StoreMismatch(
             str(path),
-            f"it is of format {content.get('format')!r}, this software reads {FORMAT}.",
+            f"it is of format {version!r}, this software reads {FORMAT}.",
             "Open it with the version that wrote it, or run the teacher pass again in another folder.",
         )
-    if not right:
-        raise StoreDamaged(str(path), "it was changed after it was written.", _AGAIN)
+    if not right or content.pop("file", None) != path.name:
+        raise StoreDamaged(str(path), "it is not what was written.", _AGAIN)
     return content
 
 

@@ -57,7 +57,6 @@ class Plan:
     def content(self) -> dict[str, Any]:
         """As JSON reads it back."""
         written = {
-            "format": files.FORMAT,
             "about": dict(self.about),
             "samples": self.samples,
             "samples_per_shard": self.samples_per_shard,
@@ -101,7 +100,7 @@ class StoreWriter:
     def _agree(self) -> None:
         path = self._folder / files.PLAN
         if not path.exists():
-            files.publish(path, files.sealed(self._plan))
+            files.publish_sealed(path, self._plan)
             return
         found = files.read_sealed(path)
         if found != self._plan:
@@ -188,7 +187,6 @@ class StoreWriter:
         content = files.arrow_bytes({name: (_INTEGER, column) for name, column in index.items()})
         files.publish(self._folder / files.INDEX, content)
         manifest = {
-            "format": files.FORMAT,
             "about": self._plan["about"],
             "fingerprint": fingerprint,
             "losses": self._losses,
@@ -197,7 +195,7 @@ class StoreWriter:
             "shards": [shards[window] for window in range(windows)],
             "index": files.digest_of(content, index_belonging(self._digest)),
         }
-        files.publish(self._folder / files.MANIFEST, files.sealed(manifest))
+        files.publish_sealed(self._folder / files.MANIFEST, manifest)
 
     @contextlib.contextmanager
     def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:

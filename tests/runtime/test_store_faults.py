@@ -156,7 +156,7 @@ def test_a_changed_manifest(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     manifest["about"]["teacher"] = "another"
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(StoreDamaged, match=r"manifest\.json: it was changed"):
+    with pytest.raises(StoreDamaged, match=r"manifest\.json: it is not what was written"):
         ReferenceLosses.open(tmp_path)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -58,6 +58,79 @@ def inspect(
             limit=limit,
             html=html,
         )
+    )
+
+
+@app.command()
+def teacher(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of the model that will be trained.")],
+    data: Annotated[
+        str,
+        typer.Argument(help="A data set saved to disk, a json, jsonl, csv or parquet file, or a hub name."),
+    ],
+    folder: Annotated[Path, typer.Argument(help="Where the losses are kept; the same for all processes.")],
+    processor: Annotated[
+        str | None, typer.Option(help="Folder or hub name of the processor or tokenizer.  [default: MODEL]")
+    ] = None,
+    collator: Annotated[
+        str | None,
+        typer.Option(
+            help="module:function that makes a batch of a list of examples; if it takes a second argument, the "
+            "processor. By default examples hold a text, or input_ids and perhaps labels."
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Truncate texts to so many tokens; without a collator of your own.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read the data set as a stream.")] = False,
+    number: Annotated[
+        bool, typer.Option("--number", help="Number samples in their order, in place of a sample_id.")
+    ] = False,
+    teacher_model: Annotated[
+        str | None, typer.Option("--teacher", help="Another text model as teacher, of the same tokenizer.")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="In which the models are loaded and run; auto: as they were saved."),
+    ] = "auto",
+    batch_size: Annotated[int | None, typer.Option(help="Most samples of a batch.  [default: 8]")] = None,
+    max_tokens_per_batch: Annotated[
+        int | None, typer.Option(help="Most positions of a batch, padding included.")
+    ] = None,
+    samples_per_shard: Annotated[
+        int, typer.Option(help="Samples that a killed process loses at most.")
+    ] = 100_000,
+    losses_dtype: Annotated[
+        Literal["float32", "float16"],
+        typer.Option(help="How losses are stored; float16 is off by at most 1 in 2048."),
+    ] = "float32",
+) -> None:
+    """Compute the teacher's loss on every label of a data set, once, before training.
+
+    Started again, it goes on where it was stopped. With `accelerate launch -m regate_fx.cli teacher ...` the processes
+    share the work.
+    """
+    from regate_fx import teacher_command
+
+    teacher_command.run(
+        teacher_command.Request(
+            model=model,
+            data=data,
+            folder=folder,
+            processor=processor,
+            collator=collator,
+            max_length=max_length,
+            split=split,
+            streaming=streaming,
+            number=number,
+            teacher=teacher_model,
+            dtype=dtype,
+        ),
+        batch_size=batch_size,
+        max_tokens_per_batch=max_tokens_per_batch,
+        samples_per_shard=samples_per_shard,
+        losses_dtype=losses_dtype,
     )
 
 

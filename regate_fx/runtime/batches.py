@@ -18,7 +18,7 @@ from regate_fx.runtime.collate import separate_ids
 Example = Mapping[str, Any]
 
 # Sorting needs examples at hand, pictures and all: a few hundred, not a window of them.
-_POOL = 256
+POOL = 256
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Batching:
     def batches(self, examples: Iterable[Example]) -> Iterator[Batch]:
         """All examples, those of a few hundred neighbours ordered by length. Raises `InvalidInput`, see `batch`."""
         numbered = enumerate(examples)
-        while pool := list(itertools.islice(numbered, max(_POOL, self.rows))):
+        while pool := list(itertools.islice(numbered, max(POOL, self.rows))):
             pool.sort(key=lambda item: _length(item[1]))
             for group in self._groups(pool):
                 yield from self._within_budget(group)

@@ -55,7 +55,7 @@ class Plan:
     batches: Mapping[str, Any] | None = None
 
     def content(self) -> dict[str, Any]:
-        """As JSON reads it back."""
+        """As JSON reads it back. Raises `InvalidInput` for values that JSON has not."""
         written = {
             "about": dict(self.about),
             "samples": self.samples,
@@ -63,7 +63,12 @@ class Plan:
             "losses": self.losses,
             "batches": dict(self.batches or {}),
         }
-        read: dict[str, Any] = json.loads(json.dumps(written))
+        try:
+            read: dict[str, Any] = json.loads(json.dumps(written))
+        except TypeError as error:
+            raise InvalidInput(
+                "settings", f"cannot be written as JSON ({error}).", "Use plain values."
+            ) from error
         return read
 
 

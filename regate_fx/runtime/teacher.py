@@ -19,7 +19,7 @@ from transformers import default_data_collator
 
 from regate_fx.errors import StoreMismatch
 from regate_fx.runtime import identity
-from regate_fx.runtime.batches import Batch, Batching, Example
+from regate_fx.runtime.batches import POOL, Batch, Batching, Example
 from regate_fx.runtime.progress import PassProgress
 from regate_fx.runtime.rules import NO_LABEL, documents
 from regate_fx.runtime.samples import label_hash
@@ -76,8 +76,8 @@ def teacher_losses(
     teacher:       another causal model, with `teacher_tokenizer`, of the student's vocabulary
     special_ids:   labels that are always counted; visual_ids: input ids that stand for pictures; both recorded
     shifted:       the teacher predicts label t at position t - 1
-    batch_size:    most rows of a batch, 8 unless `max_tokens_per_batch` is given: most positions of a batch, padding
-                   included, which is what decides memory
+    batch_size:    most rows of a batch, 8 by default; with `max_tokens_per_batch`, most positions of a batch, padding
+                   included, which is what decides memory, 256
     samples_per_shard: samples that are lost when the pass is killed, at most, for each process
     dtype:         run under autocast to this dtype, such as torch.bfloat16
     losses_dtype:  "float32", or "float16" for half the space: a loss x is then off by at most
@@ -106,7 +106,8 @@ def teacher_losses(
         losses=losses_dtype,
     )
     windows = Windows(data, samples_per_shard)
-    rows = batch_size or (_ROWS if max_tokens_per_batch is None else max_tokens_per_batch)
+    most = _ROWS if max_tokens_per_batch is None else POOL
+    rows = most if batch_size is None else batch_size
     batching = Batching(collator or default_data_collator, rows, max_tokens_per_batch)
     batches = {"batch_size": rows, "max_tokens_per_batch": max_tokens_per_batch}
     plan = Plan(about, windows.samples, samples_per_shard, losses_dtype, batches)
@@ -116,6 +117,7 @@ def teacher_losses(
     text_only = TextOnly(chosen, model, visual, placeholder)
     rank, ranks = _rank()
     writer = StoreWriter(folder, plan)
+    found = writer.shards()
     with PassProgress(windows.samples, shown=progress and rank == 0) as bar:
         scorer = Scorer(text_only, chosen, batching, shifted, dtype, bar)
         check = _Unchanged(writer, windows, scorer, Path(folder))
@@ -126,7 +128,7 @@ def teacher_losses(
             check,
             rank=rank,
             ranks=ranks,
-            passed=lambda window: bar.passed(windows.length(window)),
+            passed=lambda window: bar.passed(windows.length(window), earlier=window in found),
         )
     writer.publish(count)
     return ReferenceLosses.open(folder)

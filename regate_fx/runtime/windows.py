@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 from regate_fx.errors import InvalidInput
 from regate_fx.runtime.store import SampleLosses
 from regate_fx.runtime.store_writer import StoreWriter
@@ -38,7 +40,9 @@ class Windows:
             raise InvalidInput("samples_per_shard", f"is {size}.", "Give at least 1.")
         self._data = data
         self._size = size
-        indexable = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+        # Torch's iterable data sets have a __getitem__, which only raises.
+        indexable = hasattr(data, "__getitem__") and not isinstance(data, IterableDataset)
+        indexable = indexable and hasattr(data, "__len__")
         self.samples = len(data) if indexable else None
         self.count = -(-(self.samples or 0) // size)
 

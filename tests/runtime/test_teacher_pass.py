@@ -182,8 +182,17 @@ def test_other_precision_and_settings_are_another_store(
     assert torch.equal(rounded, exact) == (named == "settings")
 
 
+def test_settings_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"settings: cannot be written as JSON .*device"):
+        run_text(build("llama"), texts(2), tmp_path, settings={"where": torch.device("cpu")})
+
+
 def test_progress_in_samples_and_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_text(build("llama"), texts(7), tmp_path, progress=True)
     shown = capsys.readouterr().out
     assert "7/7 samples" in shown
     assert re.search(r"[\d,]+ tokens/s .* left: 0:00:00", shown)
+    (tmp_path / "manifest.json").unlink()
+    next(tmp_path.glob("shard-00001-*")).unlink()
+    run_text(build("llama"), texts(7), tmp_path, progress=True)
+    assert "7/7 samples" in capsys.readouterr().out

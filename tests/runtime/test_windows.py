@@ -75,6 +75,15 @@ def test_data_sets_are_told_from_streams() -> None:
     assert Windows(rows, 3).samples == 4
     assert Windows(rows.to_iterable_dataset(), 3).samples is None
 
+    class OfTorch(torch.utils.data.IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            yield from range(4)
+
+        def __len__(self) -> int:
+            return 4
+
+    assert [list(examples) for _, examples in Windows(OfTorch(), 3).sweep()] == [[0, 1, 2], [3]]
+
 
 def test_a_stream_goes_on_where_it_was(tmp_path: Path) -> None:
     samples = random_samples(11)

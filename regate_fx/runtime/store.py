@@ -98,7 +98,7 @@ class ReferenceLosses:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Self:
-        """Map a store. The index is checked now, each shard when its losses are first asked for.
+        """Map a store. The index is checked now, each shard when its losses are first asked for, by each process.
 
         Raises `StoreMismatch` where the folder holds none, or a file that does not belong to it, and `StoreDamaged`,
         also in `at`, for a file that is not what was written.

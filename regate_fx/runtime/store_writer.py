@@ -1,6 +1,6 @@
 """Write a store window by window, in any number of processes and any number of starts.
 
-Shapes: n samples of the store, m of one window.
+Shapes: n samples, T labels of all samples together.
 """
 
 from __future__ import annotations

@@ -180,7 +180,8 @@ class Scorer:
         label = (labels != NO_LABEL) & real
         hashes = label_hash(docs, label, labels)
         ids = batch.inputs.get("input_ids")
-        texts = torch.zeros_like(hashes) if ids is None else label_hash(docs, real, ids)
+        has_text = isinstance(ids, Tensor) and ids.shape == labels.shape
+        texts = label_hash(docs, real, ids) if has_text else torch.zeros_like(hashes)
         for row, sample_id in enumerate(batch.ids.tolist()):
             values = losses[row, label[row]].numpy()
             yield SampleLosses(sample_id, int(hashes[row]), values, int(texts[row]))

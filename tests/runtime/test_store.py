@@ -14,6 +14,8 @@ from stores import ABOUT, assert_same, random_samples, write_store
 
 from regate_fx.errors import InvalidInput, StoreMismatch
 from regate_fx.runtime import ReferenceLosses, SampleLosses
+from regate_fx.runtime.rules import TokenRules, documents
+from regate_fx.runtime.samples import describe, label_hash
 from regate_fx.runtime.store_files import MANIFEST
 
 SAMPLES = [
@@ -46,6 +48,28 @@ def test_losses_of_some_labels_from_several_shards(tmp_path: Path) -> None:
     found = mapped.at(rows[chosen], chosen)
     assert torch.equal(found, in_memory.at(rows[chosen], chosen))
     assert torch.equal(found, in_memory.losses[chosen])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_is_looked_up_in_mapped_shards_as_in_memory(tmp_path: Path, packed: bool) -> None:
+    S = 6
+    labels = torch.randint(3, 97, (40, S)).masked_fill(torch.rand(40, S) < 0.3, -100)
+    hashes = label_hash(documents(torch.arange(40), (40, S)), labels != -100, labels).tolist()
+    samples = [
+        SampleLosses(number, hashes[number], torch.rand(int((row != -100).sum())).tolist())
+        for number, row in enumerate(labels)
+    ]
+    mapped, in_memory = write_store(tmp_path, samples, 7), ReferenceLosses.of(samples)
+    for _ in range(20):
+        ids = torch.randperm(40)[:8]
+        batch = {"labels": labels[ids], "sample_id": ids}
+        if packed:
+            batch = {"labels": labels[ids].view(2, -1), "sample_id": ids.repeat_interleave(S).view(2, -1)}
+        found, expected = (describe(batch, TokenRules(), losses) for losses in (mapped, in_memory))
+        assert torch.equal(found.reference, expected.reference)
+        assert torch.equal(found.slot, expected.slot)
+        has_label = batch["labels"] != -100
+        assert torch.equal(found.reference[has_label], in_memory.losses[found.slot[has_label]])
 
 
 def test_an_empty_store(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import default_data_collator
 
 from regate_fx.errors import StoreMismatch
-from regate_fx.runtime import identity
+from regate_fx.runtime import identity, ranks
 from regate_fx.runtime.batches import POOL, Batch, Batching, Example
 from regate_fx.runtime.progress import PassProgress
 from regate_fx.runtime.rules import NO_LABEL, documents
@@ -115,10 +115,9 @@ def teacher_losses(
         return ReferenceLosses.open(folder)
     _check_ids(data)
     text_only = TextOnly(chosen, model, visual, placeholder)
-    rank, ranks = _rank()
     writer = StoreWriter(folder, plan)
     found = writer.shards()
-    with PassProgress(windows.samples, shown=progress and rank == 0) as bar:
+    with PassProgress(windows.samples, shown=progress and ranks.rank() == 0) as bar:
         scorer = Scorer(text_only, chosen, batching, shifted, dtype, bar)
         check = _Unchanged(writer, windows, scorer, Path(folder))
         count = fill(
@@ -126,8 +125,8 @@ def teacher_losses(
             windows,
             scorer.score,
             check,
-            rank=rank,
-            ranks=ranks,
+            rank=ranks.rank(),
+            ranks=ranks.count(),
             passed=lambda window: bar.passed(windows.length(window), earlier=window in found),
         )
     writer.publish(count)
@@ -249,10 +248,3 @@ def _check_ids(data: Any) -> None:
     """Raises `InvalidInput` for ids that come twice, where a data set has them in a column: before hours of work."""
     if isinstance(data, datasets.Dataset) and "sample_id" in data.column_names:
         check_unique(np.sort(data.with_format("numpy")["sample_id"][:]))
-
-
-def _rank() -> tuple[int, int]:
-    """The number of this process and of all, where a launcher started several."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

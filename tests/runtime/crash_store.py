@@ -36,6 +36,7 @@ from regate_fx.runtime.windows import Windows, fill
 
 PER_SHARD = 3
 WINDOWS = 20
+LABELS = 200_000  # of a sample at most: a megabyte a shard, so that a kill can come in the middle of a write
 
 Pass = Callable[[Path, Path], None]
 """Runs a pass over a folder, and writes the windows that it computes into a log."""
@@ -56,10 +57,12 @@ class Tally:
 
 
 def made_up_pass(samples: Sequence[SampleLosses]) -> Pass:
+    first = {sample.sample_id: number // PER_SHARD for number, sample in enumerate(samples)}
+
     def run(folder: Path, log: Path) -> None:
         def score(examples: Iterator[SampleLosses]) -> list[SampleLosses]:
             found = list(examples)
-            _note(log, samples.index(found[0]) // PER_SHARD)
+            _note(log, first[found[0].sample_id])
             return found
 
         writer = StoreWriter(folder, Plan(ABOUT, len(samples), PER_SHARD))
@@ -199,7 +202,7 @@ def _ended(child: int) -> int:
 
 
 def torment_made_up(kills: int, seed: int, processes: int = 1) -> Tally:
-    samples = random_samples(PER_SHARD * WINDOWS - 1)
+    samples = random_samples(PER_SHARD * WINDOWS - 1, labels=LABELS)
     expected = ReferenceLosses.of(samples, ABOUT)
     return torment(made_up_pass(samples), expected, kills, random.Random(seed), processes)
 

@@ -15,14 +15,14 @@ from regate_fx.runtime.windows import Windows, fill
 ABOUT = {"teacher": "t"}
 
 
-def random_samples(count: int, seed: int = 0) -> list[SampleLosses]:
-    """Samples of no, few and many labels, their ids in no order."""
+def random_samples(count: int, seed: int = 0, labels: int = 9) -> list[SampleLosses]:
+    """Samples of fewer than `labels` labels, some of none, their ids in no order."""
     chance = np.random.default_rng(seed)
     ids = chance.permutation(10 * count)[:count] - count
     hashes = chance.integers(-(2**63), 2**63, (count, 2), dtype=np.int64)
     return [
         SampleLosses(int(number), int(label), chance.exponential(size=length).astype(np.float32), int(text))
-        for number, (label, text), length in zip(ids, hashes, chance.integers(0, 9, count), strict=True)
+        for number, (label, text), length in zip(ids, hashes, chance.integers(0, labels, count), strict=True)
     ]
 
 

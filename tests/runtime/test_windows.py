@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -191,6 +192,24 @@ def test_a_window_that_someone_else_holds_is_waited_for(tmp_path: Path) -> None:
         with StoreWriter(tmp_path, Plan(ABOUT, 9, 3)).claim(1) as second:
             assert not second
     assert_same(write_store(tmp_path, samples), samples)
+
+
+def test_a_window_published_between_the_look_and_the_lock_is_not_computed(tmp_path: Path) -> None:
+    samples = random_samples(6)
+
+    class Overtaken(StoreWriter):
+        @contextlib.contextmanager
+        def claim(self, window: int) -> Iterator[bool]:
+            StoreWriter(tmp_path, Plan(ABOUT, 6, 3)).write(window, samples[3 * window : 3 * window + 3])
+            with super().claim(window) as mine:
+                yield mine
+
+    def score(examples: Iterator[SampleLosses]) -> list[SampleLosses]:
+        raise AssertionError("computed again")
+
+    writer = Overtaken(tmp_path, Plan(ABOUT, 6, 3))
+    writer.publish(fill(writer, Windows(samples, 3), score))
+    assert_same(ReferenceLosses.open(tmp_path), samples)
 
 
 def collate(examples: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

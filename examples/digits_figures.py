@@ -62,7 +62,7 @@ def draw_words(
         picture.axis("off")
         text.axis("off")
         row = int(losses.find(torch.tensor([example["sample_id"]])))
-        own = losses.losses[losses.starts[row] : losses.starts[row + 1]].tolist()
+        own = losses.of_row(row).tolist()
         told = [
             (label, seen)
             for label, seen in zip(example["labels"], example["seen"], strict=True)

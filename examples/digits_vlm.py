@@ -253,7 +253,7 @@ def say_what_the_teacher_knows(examples: Sequence[Any], losses: ReferenceLosses,
     found: dict[bool, list[float]] = {True: [], False: []}
     for example in examples:
         row = int(losses.find(torch.tensor([example["sample_id"]])))
-        own = losses.losses[losses.starts[row] : losses.starts[row + 1]].tolist()
+        own = losses.of_row(row).tolist()
         seen = [seen for seen, label in zip(example["seen"], example["labels"], strict=True) if label != -100]
         for is_seen, loss in zip(seen, own, strict=True):
             found[is_seen].append(loss)

@@ -109,4 +109,4 @@ def labels_of_row(losses: ReferenceLosses, row: int) -> slice:
 
 def reference_of_row(losses: ReferenceLosses, row: int) -> Tensor:
     """float32 [k]: the teacher's losses on the labels of the sample in a row of the store."""
-    return losses.losses[labels_of_row(losses, row)]
+    return losses.of_row(row)

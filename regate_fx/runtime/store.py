@@ -152,6 +152,11 @@ class ReferenceLosses:
         """
         return self._values.at(rows, slots)
 
+    def of_row(self, row: int) -> Tensor:
+        """float32 [labels of the sample]: the losses of the sample in a row. Raises `StoreDamaged`."""
+        slots = torch.arange(int(self.starts[row]), int(self.starts[row + 1]))
+        return self.at(torch.full_like(slots, row), slots)
+
     def find(self, ids: Tensor) -> Tensor:
         """int64 [G]: the row of each sample id (int64 [G], on the host).
 

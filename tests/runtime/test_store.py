@@ -48,6 +48,10 @@ def test_losses_of_some_labels_from_several_shards(tmp_path: Path) -> None:
     found = mapped.at(rows[chosen], chosen)
     assert torch.equal(found, in_memory.at(rows[chosen], chosen))
     assert torch.equal(found, in_memory.losses[chosen])
+    for row in range(0, 200, 7):
+        own = in_memory.losses[in_memory.starts[row] : in_memory.starts[row + 1]]
+        assert torch.equal(mapped.of_row(row), own)
+        assert torch.equal(in_memory.of_row(row), own)
 
 
 @pytest.mark.parametrize("packed", [False, True])

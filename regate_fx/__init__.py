@@ -6,6 +6,7 @@ skipped in every decoder layer. `explain(model, ...)` tells beforehand what will
 
 from regate_fx import errors
 from regate_fx.api import compile, explain
+from regate_fx.wrapper import find_gated
 
-__all__ = ["compile", "errors", "explain"]
+__all__ = ["compile", "errors", "explain", "find_gated"]
 __version__ = "0.1.0"

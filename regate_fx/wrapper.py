@@ -62,7 +62,10 @@ class Gate(Protocol):
         """Called before each choice, to notice that an optimizer has stepped."""
 
     def choose(self, batch: Mapping[str, Any]) -> Choice:
-        """The positions to compute for a batch: the arguments of the call by name, `sample_id` among them."""
+        """The positions to compute for a batch: the arguments of the call by name, `sample_id` among them.
+
+        Refuses a `num_items_in_batch` that counts other labels than those this choice leaves.
+        """
 
     def take_in(self, choice: Any, output: Any) -> None:
         """Called with the choice and what the call is about to return."""
@@ -76,7 +79,7 @@ class _Gating:
     gate: Gate | None = None
     enabled: bool = True
     override: Callable[..., Any] | None = None
-    base: nn.Module | None = None
+    base: Gated | None = None
 
 
 class _Forward:
@@ -132,6 +135,17 @@ class Gated(nn.Module):
     def gating(self, enabled: bool) -> None:
         self._regate.enabled = bool(enabled)
 
+    @property
+    def gate(self) -> Any:
+        """What chooses the positions in training, None where the caller does. Settable at any time, as `gating` is."""
+        return self._regate.gate
+
+    @gate.setter
+    def gate(self, gate: Gate | None) -> None:
+        self._regate.gate = gate
+        if self._regate.base is not None:
+            self._regate.base._regate.gate = gate
+
     def __copy__(self) -> Gated:
         original = copy.copy(self._regate.original)
         return _attach(object.__new__(type(self)), original, self._regate, self._regate.override)
@@ -172,6 +186,11 @@ def ungated(model: nn.Module) -> nn.Module:
     return model._regate.original if isinstance(model, Gated) else model
 
 
+def find_gated(model: nn.Module) -> Any:
+    """The gated model that `model` is or holds, as a container such as an adapter model does; None without one."""
+    return next((module for module in model.modules() if isinstance(module, Gated)), None)
+
+
 def original_forward(model: nn.Module) -> Callable[..., Any]:
     """The forward of the user's own object: no module hooks, nothing that was assigned to `gated.forward`."""
     return ungated(model).forward
@@ -189,7 +208,7 @@ def _check_model(model: nn.Module) -> None:
         raise Unsupported(
             "gating a model twice", "a part of it is gated already.", "Gate the whole or the part."
         )
-    for name in ("report", "gating"):
+    for name in ("report", "gating", "gate"):
         if hasattr(original, name):
             raise Unsupported(
                 f"a model with an attribute {name!r}",
@@ -282,13 +301,6 @@ def _selected_call(
 ) -> tuple[Any, bool]:
     """A training call whose mask the gate chooses."""
     batch = bind(gated._regate.signature, args, kwargs)
-    if "num_items_in_batch" in batch:
-        raise Unsupported(
-            "num_items_in_batch with a gate",
-            "it counts labels that the gate does not count, and the loss would shrink with the share of them.",
-            "Leave it out: the loss is the mean over counted labels. For Trainer, set "
-            "trainer.model_accepts_loss_kwargs = False.",
-        )
     gate.follow(gated)
     choice = gate.choose({**batch, "sample_id": sample_id})
     output, as_tuple = _gated_call(gated, args, kwargs, choice.token_mask, choice.active)

@@ -6,7 +6,7 @@ Shapes: B rows, S positions, G documents.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from regate_fx.runtime.policies import (
     policy_settings,
 )
 from regate_fx.runtime.rules import Alignment, TokenRules
-from regate_fx.runtime.samples import Samples, describe, labels_of
+from regate_fx.runtime.samples import Counts, Samples, describe, labels_of
 from regate_fx.runtime.schedule import DualCycle
 from regate_fx.runtime.select import keep_top, kept_counts, scores, try_out
 from regate_fx.runtime.steps import OptimizerSteps
@@ -53,6 +53,28 @@ class Choice:
     active: tuple[int, int] | None
 
 
+@dataclass(frozen=True)
+class _Window:
+    """The batches of one optimizer step, known by the objects that count them: those travel with a batch."""
+
+    step: int
+    counts: list[Counts]
+
+    def holds(self, counts: Counts) -> bool:
+        return any(counts is announced for announced in self.counts)
+
+
+def _collated(batch: Mapping[str, Any]) -> Samples:
+    samples = batch.get("sample_id")
+    if not isinstance(samples, Samples):
+        raise InvalidInput(
+            "sample_id",
+            f"is {type(samples).__name__} in a batch whose labels are to be counted beforehand.",
+            "Collate with gate.collate.",
+        )
+    return samples
+
+
 class ReGate:
     """Selects the tokens that teach (ReGATE, arXiv 2507.21420).
 
@@ -63,6 +85,9 @@ class ReGate:
 
     In training mode the gated model selects before and observes after each call, and finds out by itself when an
     optimizer has stepped. In a loop of your own, call `select`, `observe` and, after `optimizer.step()`, `step`.
+
+    follows_optimizer: False where somebody calls `step` after every optimizer step of the compiled model
+    watchers:          called with the choice and the output of every training call of the compiled model
     """
 
     def __init__(
@@ -113,11 +138,18 @@ class ReGate:
         self.difficulty = Difficulty(losses.labels, beta)
         self.global_step = 0
         self.collate = Collator(self.rules, losses, collator)
+        self.follows_optimizer = True
+        self.watchers: list[Callable[[Choice, Any], None]] = []
         self._steps = OptimizerSteps()
+        self._window: _Window | None = None
         self._last: Choice | None = None
         self._pairing_known = False
         self._agreed = False
         self._gathered: list[tuple[Tensor, Tensor]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Who watches this gate does not watch a copy of it.
+        return vars(self) | {"watchers": [], "_window": None}
 
     def select(self, batch: Mapping[str, Any]) -> Tensor:
         """bool [B, S]: the positions to compute in this step, for `gated(..., token_mask=mask)`.
@@ -129,9 +161,14 @@ class ReGate:
         return self.choose(batch).token_mask
 
     def choose(self, batch: Mapping[str, Any]) -> Choice:
-        """`select`, with what else the compiled model can use."""
+        """`select`, with what else the compiled model can use.
+
+        Raises `Unsupported` for a `num_items_in_batch` that cannot be the number of counted labels.
+        """
         self._agree()
         samples = self._samples(batch)
+        if batch.get("num_items_in_batch") is not None:
+            self._check_announced(samples.counts)
         ratio = self.schedule.ratio(self.global_step)
         mask = samples.real if ratio == 1.0 else self._sparse(samples, ratio)
         self._last = Choice(mask, samples, ratio, samples.counts.active(ratio))
@@ -169,8 +206,43 @@ class ReGate:
         self._observe(self._samples(batch), output)
 
     def take_in(self, choice: Choice, output: Any) -> None:
-        """`observe` for a batch that was chosen from with `choose`."""
+        """`observe` for a batch that was chosen from with `choose`; tells the watchers."""
         self._observe(choice.samples, output)
+        for watcher in self.watchers:
+            watcher(choice, output)
+
+    def count_labels(self, batches: Sequence[Mapping[str, Any]]) -> int:
+        """How many labels count in the coming optimizer step, which accumulates these batches, made by `collate`.
+
+        Until that step the model takes `num_items_in_batch` with them: this number, or its sum over all ranks.
+        Raises `InvalidInput` for other batches, `Unsupported` where only the masks will tell.
+        """
+        self._catch_up()
+        ratio = self.schedule.ratio(self.global_step)
+        counts = [_collated(batch).counts for batch in batches]
+        numbers = [count.counted(ratio) for count in counts]
+        self._window = _Window(self.global_step, counts)
+        known = [number for number in numbers if number is not None]
+        if len(known) < len(numbers):
+            raise Unsupported(
+                f"a loss normalised over several batches with align={self.rules.align!r}",
+                "which labels count is known when their masks are, not before.",
+                "Use align='predictor', or let each batch be a mean of its own: for Trainer, set "
+                "trainer.model_accepts_loss_kwargs = False.",
+            )
+        return sum(known)
+
+    def _check_announced(self, counts: Counts) -> None:
+        window = self._window
+        if window is not None and window.step == self.global_step and window.holds(counts):
+            return
+        raise Unsupported(
+            "num_items_in_batch with a gate",
+            "it was not counted by the gate for this batch and step, and where it also counts labels that the gate "
+            "drops, the loss shrinks with their share.",
+            "Leave it out: the loss is the mean over counted labels. For Trainer, use "
+            "regate_fx.integrations.attach; in a loop of your own, pass what count_labels returns.",
+        )
 
     def _observe(self, samples: Samples, output: Any) -> None:
         token_loss, counted = getattr(output, "token_loss", None), getattr(output, "counted", None)
@@ -190,7 +262,12 @@ class ReGate:
 
     def follow(self, model: nn.Module) -> None:
         """Count an optimizer step if `model` was written to since the last call and nobody else counted it."""
-        self.global_step = self._steps.count(model, self.global_step)
+        if self.follows_optimizer:
+            self.global_step = self._steps.count(model, self.global_step)
+
+    def _catch_up(self) -> None:
+        if self.follows_optimizer:
+            self.global_step = self._steps.catch_up(self.global_step)
 
     def exchange(self) -> None:
         """Let every rank know what the others observed: call it on all ranks at the end of each epoch.
@@ -222,7 +299,7 @@ class ReGate:
                 "what the others have observed since the last exchange would be lost.",
                 "Call gate.gather() on every rank right before gate.state_dict().",
             )
-        self.global_step = self._steps.catch_up(self.global_step)
+        self._catch_up()
         return {
             "global_step": self.global_step,
             "ema": self.difficulty.ema.detach().cpu().clone(),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from regate_fx.errors import InvalidInput
-from regate_fx.runtime.rules import Documents, Roles, TokenRules, assign_roles, documents
+from regate_fx.runtime.rules import NO_LABEL, Documents, Roles, TokenRules, assign_roles, documents
 from regate_fx.runtime.store import ReferenceLosses
 
 
@@ -81,28 +81,45 @@ class Samples:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the host knows of the numbers of active positions.
+    """What the host knows of the numbers of active positions and of counted labels.
 
     real, always: for each row, its positions that are no padding, and those computed in every step
     candidates:   for each document its row and its candidates
     exact:        each kept candidate makes one more position active
+    labels:       labels that count in a dense step
+    free:         labels that count in every step; None where only the mask can tell which others do
     """
 
     real: tuple[int, ...]
     always: tuple[int, ...]
     candidates: tuple[tuple[int, int], ...]
     exact: bool
+    labels: int
+    free: int | None
 
     def active(self, ratio: float) -> tuple[int, int] | None:
         """Active positions of the batch, and the most of one row; None where only the mask can tell."""
+        rows = self.rows(ratio)
+        return None if rows is None else (sum(rows), max(rows))
+
+    def rows(self, ratio: float) -> tuple[int, ...] | None:
+        """Active positions of each row; None where only the mask can tell."""
         if ratio == 1.0:
-            return sum(self.real), max(self.real)
+            return self.real
         if not self.exact:
             return None
         rows = list(self.always)
         for row, candidates in self.candidates:
             rows[row] += math.ceil(ratio * candidates)
-        return sum(rows), max(rows)
+        return tuple(rows)
+
+    def counted(self, ratio: float) -> int | None:
+        """Labels of the batch that count; None where only the mask can tell."""
+        if ratio == 1.0:
+            return self.labels
+        if self.free is None:
+            return None
+        return self.free + sum(math.ceil(ratio * candidates) for _, candidates in self.candidates)
 
 
 def describe(batch: Mapping[str, Any], rules: TokenRules, losses: ReferenceLosses) -> Samples:
@@ -134,7 +151,7 @@ def describe(batch: Mapping[str, Any], rules: TokenRules, losses: ReferenceLosse
         candidates=candidates,
         ids=docs.ids,
         packed=docs.packed,
-        counts=_count(docs, roles, real, candidates, exact=rules.align != "both"),
+        counts=_count(rules, docs, roles, labels, real, candidates),
     )
 
 
@@ -226,11 +243,18 @@ def _last_of_each(docs: Documents) -> Tensor:
     return ~(ids[:, None] == ids[None, :]).triu(diagonal=1).any(1)
 
 
-def _count(docs: Documents, roles: Roles, real: Tensor, candidates: Tensor, exact: bool) -> Counts:
+def _count(
+    rules: TokenRules, docs: Documents, roles: Roles, labels: Tensor, real: Tensor, candidates: Tensor
+) -> Counts:
     rows = docs.each(torch.arange(len(real))[:, None].expand_as(real))
+    # The model's loss knows nothing of documents and padding: it counts a label wherever its predictor is computed.
+    label = labels != NO_LABEL
+    free = int((label & rules.predicted(roles.always)).sum()) if rules.align == "predictor" else None
     return Counts(
         real=tuple(real.sum(1).tolist()),
         always=tuple(roles.always.sum(1).tolist()),
         candidates=tuple(zip(rows.tolist(), candidates.tolist(), strict=True)),
-        exact=exact,
+        exact=rules.align != "both",
+        labels=int((label & rules.predicted(real)).sum()),
+        free=free,
     )

@@ -124,6 +124,7 @@ def test_what_is_counted_is_what_was_selected(docs: Any, losses: Any) -> None:
         out = gated(**batch)
         predicted = choice.token_mask.roll(1, dims=1) & (batch["labels"] != NO_LABEL)
         assert torch.equal(out.counted, predicted)
+        assert choice.samples.counts.counted(choice.ratio) == int(out.counted.sum())
         assert torch.equal(out.token_loss > 0, out.counted)
         seen = gate.difficulty.look_up(choice.samples.slot)
         assert torch.equal(seen[out.counted], out.token_loss[out.counted])
@@ -146,6 +147,83 @@ def test_steps_are_those_of_the_optimizer(docs: Any, losses: Any) -> None:
     gate.step()  # the user counts the third one himself
     gated(**batch)
     assert gate.global_step == 3
+
+
+def test_a_loss_over_several_batches_is_the_mean_over_their_counted_labels(docs: Any, losses: Any) -> None:
+    gate = make(losses)
+    gated = regate_fx.compile(build("llama"), backend="eager", gate=gate)
+    window = list(batches(gate, docs))
+    items = torch.tensor(gate.count_labels(window))
+    outs = [gated(**batch, num_items_in_batch=items) for batch in window]
+    counted = sum(int(out.counted.sum()) for out in outs)
+    assert int(items) == counted < sum(int((batch["labels"] != NO_LABEL).sum()) for batch in window)
+    torch.testing.assert_close(
+        sum(out.loss for out in outs), sum(out.token_loss.sum() for out in outs) / counted
+    )
+
+
+def test_a_number_of_labels_holds_for_its_batches_and_its_step_only(docs: Any, losses: Any) -> None:
+    gate = make(losses)
+    gated = regate_fx.compile(build("llama"), backend="eager", gate=gate, validate=False)
+    first, second = batches(gate, docs)
+    items = torch.tensor(gate.count_labels([first]))
+    gated(**first, num_items_in_batch=items)
+    refusal = "num_items_in_batch with a gate is not supported: it was not counted by the gate for this batch"
+    for other in (second, plain_ids(first)):
+        with pytest.raises(Unsupported, match=refusal):
+            gated(**other, num_items_in_batch=items)
+    gate.step()
+    with pytest.raises(Unsupported, match=refusal):
+        gated(**first, num_items_in_batch=items)
+    with pytest.raises(InvalidInput, match=r"sample_id: is Tensor in a batch .* Collate with gate\.collate"):
+        gate.count_labels([plain_ids(first)])
+
+
+@pytest.mark.parametrize("align", ["token", "both"])
+def test_labels_cannot_be_counted_before_their_mask_is_known(docs: Any, losses: Any, align: Any) -> None:
+    gate = make(losses, align=align)
+    with pytest.raises(
+        Unsupported, match=f"align='{align}' is not supported: which labels count is known when"
+    ):
+        gate.count_labels(list(batches(gate, docs)))
+    dense = make(losses, align=align, schedule=DualCycle())
+    assert dense.count_labels(list(batches(dense, docs))) == sum(
+        int((batch["labels"][:, 1:] != NO_LABEL).sum()) for batch in batches(dense, docs)
+    )
+
+
+def test_a_step_before_the_labels_are_counted_is_noticed(docs: Any, losses: Any) -> None:
+    gate = make(losses, schedule=DualCycle(keep=0.5, warmup=1, cycle=1, dense=0))
+    gated = regate_fx.compile(build("llama"), backend="eager", gate=gate, validate=False)
+    optimizer = torch.optim.AdamW(gated.parameters())
+    batch = next(batches(gate, docs))
+    for _ in range(2):
+        items = torch.tensor(gate.count_labels([batch]))
+        out = gated(**batch, num_items_in_batch=items)
+        assert int(out.counted.sum()) == int(items)
+        out.loss.backward()
+        optimizer.step()
+    assert int(items) < int((batch["labels"] != NO_LABEL).sum())
+
+
+def test_a_gate_can_be_given_later(docs: Any, losses: Any) -> None:
+    gate = make(losses)
+    gated = regate_fx.compile(build("llama"), backend="eager", validate=False)
+    assert gated.gate is None
+    gated.gate = gate
+    out = gated(**next(batches(gate, docs)))
+    assert bool(out.counted.any())
+    assert gated.gate is gate
+
+
+def test_watchers_see_every_choice_and_stay_with_the_gate(docs: Any, losses: Any) -> None:
+    gate = make(losses)
+    gated = regate_fx.compile(build("llama"), backend="eager", gate=gate, validate=False)
+    seen: list[tuple[Any, Any]] = []
+    gate.watchers.append(lambda choice, output: seen.append((choice, output)))
+    outs = [gated(**batch) for batch in batches(gate, docs)]
+    assert [output for _, output in seen] == outs
+    assert pickle.loads(pickle.dumps(gated)).gate.watchers == []
 
 
 def test_evaluation_neither_selects_nor_observes(docs: Any, losses: Any) -> None:

@@ -79,7 +79,21 @@ def check(gate: ReGate, batch: Any, docs: dict[int, list[Token]], rules: plain.R
         assert choice.active == (int(counts.sum()), int(counts.max()))
     else:
         assert rules.align == "both"
+    found_labels = choice.samples.counts.counted(ratio)
+    if found_labels is not None:
+        assert found_labels == counted_labels(choice.token_mask, batch["labels"], rules)
+    else:
+        assert rules.align != "predictor" and ratio < 1.0
     assert torch.equal(gate.select(batch), choice.token_mask)
+
+
+def counted_labels(mask: Any, labels: Any, rules: plain.Rules) -> int:
+    """The labels that a model counts, which knows only positions: neither documents nor roles."""
+    B, S = labels.shape
+    back = int(rules.shifted)
+    return sum(
+        int(labels[b, t]) != NO_LABEL and bool(mask[b, t - back]) for b in range(B) for t in range(back, S)
+    )
 
 
 def answer(*refs: float, ema: float | None = None) -> list[Token]:

@@ -9,7 +9,9 @@ Shapes: B samples, S positions, N active positions in the batch, L the most acti
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,66 +50,118 @@ class GraphCosts:
 
 def graph_costs(run: PipelineRun, tokens: BatchTokens) -> GraphCosts:
     """The cost of the graph that `run` rewrote, for a batch of these sizes."""
+    products, uncounted = _by_segment(run)
+    return GraphCosts({segment: found.cost(tokens) for segment, found in products.items()}, uncounted)
+
+
+class BatchCosts:
+    """What the rewritten graphs of a model cost for any batch."""
+
+    def __init__(self, runs: Sequence[PipelineRun]) -> None:
+        self._runs = tuple(runs)
+
+    def of(self, tokens: BatchTokens) -> Cost:
+        """Forward FLOPs for a batch of these sizes."""
+        return self._products.cost(tokens)
+
+    @functools.cached_property
+    def _products(self) -> _Products:
+        total = _Products()
+        for run in self._runs:
+            for products in _by_segment(run)[0].values():
+                total.add(products)
+        return total
+
+
+def _by_segment(run: PipelineRun) -> tuple[dict[int, _Products], int]:
+    """The products of each segment of a graph, and the number of those whose size depends on data."""
     findings = run.context.findings
     analysis: TokenAxes = findings["token_axes"]
     placement: Placement = findings["placement"]
     stack: DecoderStack = findings["layers"]
     graph: fx.Graph = findings["plan"].rows.graph
     sizes = _Sizes(analysis.symbols, _hints(graph))
-    costs = GraphCosts()
+    segments: dict[int, _Products] = defaultdict(_Products)
+    uncounted = 0
     for node in graph.nodes:
         flops = _flops(node, analysis)
         if flops is None:
             continue
         if not sizes.known(flops):
-            costs.uncounted += 1
+            uncounted += 1
             continue
-        kernel = analysis.kinds.get(node) is Kind.ATTENTION
-        cost = _cost(flops, sizes, placement.layout(node), kernel, tokens)
-        segment = stack.segment.get(node, BEFORE)
-        costs.segments[segment] = costs.of(segment) + cost
-    return costs
+        kind = placement.layout(node), analysis.kinds.get(node) is Kind.ATTENTION
+        segments[stack.segment.get(node, BEFORE)].sums[kind] += sizes.renamed(flops)
+    return segments, uncounted
 
 
-def _cost(flops: sympy.Expr, sizes: _Sizes, layout: Layout, kernel: bool, tokens: BatchTokens) -> Cost:
-    batch = len(tokens.active)
-    dense = sizes.evaluate(flops, batch, tokens.length)
-    if layout is Layout.DENSE:
-        return Cost(dense, dense)
-    if layout is Layout.COMPACT:
-        return Cost(dense, sizes.evaluate(flops, batch, max(tokens.active)))
-    runs = tokens.active if kernel else (sum(tokens.active),)
-    return Cost(dense, sum(sizes.evaluate(flops, 1, length) for length in runs))
+_B, _S = sympy.symbols("B S")
+
+
+@dataclass
+class _Products:
+    """FLOPs of some products of one or more graphs, added up by layout and whether an attention kernel does them.
+
+    sums: expressions in B and S.
+    """
+
+    sums: dict[tuple[Layout, bool], sympy.Expr] = field(
+        default_factory=lambda: defaultdict(lambda: sympy.Integer(0))
+    )
+    _known: dict[tuple[sympy.Expr, int, int], int] = field(default_factory=dict)
+
+    def add(self, other: _Products) -> None:
+        for kind, flops in other.sums.items():
+            self.sums[kind] += flops
+
+    def cost(self, tokens: BatchTokens) -> Cost:
+        batch = len(tokens.active)
+        total = NO_COST
+        for (layout, kernel), flops in self.sums.items():
+            if layout is Layout.DENSE:
+                gated = [(batch, tokens.length)]
+            elif layout is Layout.COMPACT:
+                gated = [(batch, max(tokens.active))]
+            elif kernel:
+                gated = [(1, length) for length in tokens.active]
+            else:
+                gated = [(1, sum(tokens.active))]
+            dense = self._evaluate(flops, batch, tokens.length)
+            total += Cost(dense, sum(self._evaluate(flops, *sizes) for sizes in gated))
+        return total
+
+    def _evaluate(self, flops: sympy.Expr, batch: int, length: int) -> int:
+        key = flops, batch, length
+        if key not in self._known:
+            values = {_B: sympy.Integer(batch), _S: sympy.Integer(length)}
+            self._known[key] = int(flops.xreplace(values))
+        return self._known[key]
 
 
 @dataclass
 class _Sizes:
-    """Puts numbers in the place of symbols; `hints` has those of symbols other than B and S."""
+    """Names the symbols of a graph's sizes; `hints` has numbers for those other than B and S."""
 
     symbols: TokenSymbols
     hints: dict[sympy.Symbol, sympy.Integer]
-    _known: dict[tuple[sympy.Expr, int, int], int] = field(default_factory=dict)
 
     def known(self, expr: sympy.Expr) -> bool:
         ours = self.symbols.batch.free_symbols | self.symbols.length.free_symbols
         return expr.free_symbols <= ours | self.hints.keys()
 
-    def evaluate(self, expr: sympy.Expr, batch: int, length: int) -> int:
-        key = expr, batch, length
-        if key not in self._known:
-            self._known[key] = self._evaluate(expr, batch, length)
-        return self._known[key]
-
-    def _evaluate(self, expr: sympy.Expr, batch: int, length: int) -> int:
-        values = dict(self.hints)
+    def renamed(self, expr: sympy.Expr) -> sympy.Expr:
+        """The same in symbols that several graphs can share."""
+        batch, length = self.symbols.batch, self.symbols.length
         times = 1
-        if self.symbols.batch.is_Symbol:
-            values[self.symbols.batch] = sympy.Integer(batch)
+        values = dict(self.hints)
+        if length.is_Symbol:
+            values[length] = _S
+        if batch.is_Symbol:
+            values[batch] = _B
         elif self.symbols.mentions(expr):
             # Captured with one sample: every other one costs the same.
-            times = batch
-        values[self.symbols.length] = sympy.Integer(length)
-        return times * int(expr.xreplace(values))
+            times = _B
+        return times * expr.xreplace(values)
 
 
 def _hints(graph: fx.Graph) -> dict[sympy.Symbol, sympy.Integer]:

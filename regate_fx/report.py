@@ -6,7 +6,7 @@ Shapes: B samples, S positions.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from rich import box
@@ -109,6 +109,7 @@ class Report:
     uncounted: products left out of the FLOPs because their size depends on data.
     expected:  in a report from `explain`, what it assumes of training.
     validation: what the first call that could train was compared with, or why it was not; empty before it.
+    cost_of:   estimated forward FLOPs of any other batch, as `cost` is for `batch`; None without a captured graph.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -121,6 +122,7 @@ class Report:
     uncounted: int = 0
     expected: Expectation | None = None
     validation: str = ""
+    cost_of: Callable[[BatchTokens], Cost] | None = field(default=None, repr=False, compare=False)
 
     @property
     def gated(self) -> int:

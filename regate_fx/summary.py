@@ -8,7 +8,7 @@ from torch import Tensor
 
 from regate_fx.backend import Captures
 from regate_fx.errors import LayerRefusal
-from regate_fx.flops import BEFORE, GraphCosts, graph_costs
+from regate_fx.flops import BEFORE, BatchCosts, GraphCosts, graph_costs
 from regate_fx.passes.base import operator_name, source_line
 from regate_fx.passes.layers import Attention, DecoderStack, Layer
 from regate_fx.passes.layouts import Layout
@@ -32,6 +32,7 @@ def summarise(captures: Captures, runs: Sequence[PipelineRun], batch: BatchToken
     the report has no costs.
     """
     report = Report(traces=len(captures.runs), batch=batch)
+    report.cost_of = BatchCosts(runs).of if runs else None
     for run in captures.runs:
         for name, seconds in run.seconds.items():
             report.seconds[name] = report.seconds.get(name, 0.0) + seconds

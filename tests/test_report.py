@@ -176,6 +176,19 @@ def test_flops_counted_by_hand(name: str, row: int, compact: bool) -> None:
     assert [layer.cost for layer in again.layers] == [Cost(square, square)] * 2
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+def test_other_batches_cost_what_a_call_with_them_reports(name: str) -> None:
+    gated = gate(build(name))
+    reports = []
+    for lengths in ((4, 7, 2), (10, 10), (1, 9)):
+        tokens = ids(VOCABULARY, len(lengths))
+        gated(input_ids=tokens, labels=tokens.clone(), token_mask=mask(*lengths))
+        reports.append(gated.report)
+    for report in reports:
+        assert [report.cost_of(other.batch) for other in reports] == [other.cost for other in reports]
+    assert Report().cost_of is None
+
+
 def test_one_sample_has_its_share_of_the_flops() -> None:
     """Dynamo makes the number of samples a constant where it is one."""
     tokens = ids(VOCABULARY, batch=1)

@@ -71,6 +71,18 @@ class LayerRefusal:
         return f"{where}: {self.reason}{line} ({self.code})"
 
 
+class Bypassed(RegateError):
+    """A trainer computed training losses without the gated model's forward; raised before the optimizer steps."""
+
+    def __init__(self, step: int, gated: int, batches: int) -> None:
+        super().__init__(
+            f"in optimizer step {step}, {gated} of {batches} batches were computed by the gated model. Somebody calls "
+            "its backbone and head directly, has replaced its forward, or switched gating off: every token would be "
+            "computed and trained. Remove what replaces the forward (fused losses of trainers and kernels do), or "
+            "train without attaching a gate."
+        )
+
+
 class NotGateable(RegateError):
     """No decoder layer of the model can be gated soundly; one reason per layer."""
 

@@ -1,0 +1,5 @@
+"""ReGATE in the trainers that people use."""
+
+from regate_fx.integrations.trainer import attach
+
+__all__ = ["attach"]

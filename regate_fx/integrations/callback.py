@@ -1,0 +1,51 @@
+"""Follow a Trainer's optimizer steps, and see that none is taken on a loss that the gate had no part in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from regate_fx.errors import Bypassed
+from regate_fx.integrations.tally import Tally
+from regate_fx.runtime import ReGate
+
+
+class GateCallback(TrainerCallback):
+    """Counts the gate's steps: those that the optimizer took, not those that a gradient scaler skipped.
+
+    window: batches of the optimizer step under way. `tally` has to watch the gate.
+    """
+
+    def __init__(self, gate: ReGate, tally: Tally) -> None:
+        self.gate = gate
+        self.window = 0
+        self._tally = tally
+        self._seen = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.gate.follows_optimizer = False
+        if self.gate.global_step == 0:
+            # Resumed from a checkpoint that says nothing of the gate.
+            self.gate.global_step = state.global_step
+        self._seen = self._tally.batches
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        gated, self._seen = self._tally.batches - self._seen, self._tally.batches
+        if gated != self.window:
+            raise Bypassed(state.global_step, gated, self.window)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+            self.gate.step()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.gate.follows_optimizer = True

@@ -29,12 +29,14 @@ class Call:
 class Computed:
     """A backend for `regate_fx.compile` that runs graphs as they are, and notes what they compute.
 
-    shape: of the weights watched for, [out, in]. Watches every model that is compiled while `monkeypatch` lasts.
+    shape: of the weights watched for, [out, in]; recomputes: gradient checkpointing is in one of the graphs. Watches every
+    model that is compiled while `monkeypatch` lasts.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
         self.shape = shape
         self.calls: list[Call] = []
+        self.recomputes = False
         self._compile = regate_fx.compile
         monkeypatch.setattr(regate_fx, "compile", self.compile)
 
@@ -52,12 +54,11 @@ class Computed:
             self.calls[-1].rows.append(rows.shape[:-1].numel())
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        for module in gm.modules():
-            if isinstance(module, fx.GraphModule):
-                for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
-                    with module.graph.inserting_before(node):
-                        module.graph.call_function(self._note, node.args[:2])
-                module.recompile()
+        self.recomputes |= any("recompute" in node.meta for node in gm.graph.nodes)
+        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+            with gm.graph.inserting_before(node):
+                gm.graph.call_function(self._note, node.args[:2])
+        gm.recompile()
         return gm
 
     @property

@@ -1,7 +1,7 @@
 """ReGATE in a training loop of one's own on accelerate.
 
 python examples/accelerate_loop.py
-accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py
 """
 
 from __future__ import annotations

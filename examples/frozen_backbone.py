@@ -43,6 +43,7 @@ def main(args: argparse.Namespace, **training: Any) -> Trainer:
             gradient_checkpointing=args.gradient_checkpointing,
             learning_rate=1e-2,
             logging_steps=4,
+            use_cpu=args.cpu,
             remove_unused_columns=False,  # the collator reads messages and images, not what the model takes
             **training,
         ),

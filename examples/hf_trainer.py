@@ -1,7 +1,7 @@
 """ReGATE in Hugging Face's Trainer, in one process or several.
 
 python examples/hf_trainer.py
-accelerate launch --cpu --num_processes 2 examples/hf_trainer.py
+accelerate launch --multi_gpu --num_processes 2 examples/hf_trainer.py
 torchrun --nproc_per_node 2 examples/hf_trainer.py
 """
 
@@ -41,6 +41,7 @@ def main(args: argparse.Namespace, **training: Any) -> Trainer:
             gradient_checkpointing=args.gradient_checkpointing,
             learning_rate=3e-3,
             logging_steps=4,
+            use_cpu=args.cpu,
             eval_strategy="epoch",
             **training,
         ),

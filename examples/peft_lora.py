@@ -37,6 +37,7 @@ def main(args: argparse.Namespace, **training: Any) -> Trainer:
             gradient_checkpointing=args.gradient_checkpointing,
             learning_rate=1e-2,
             logging_steps=4,
+            use_cpu=args.cpu,
             **training,
         ),
         data_collator=collator,

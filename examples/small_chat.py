@@ -10,6 +10,7 @@ import random
 import tempfile
 from collections.abc import Iterator
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -113,7 +114,8 @@ def arguments(about: str) -> argparse.Namespace:
     parser.add_argument("--padding-free", action="store_true", help="TRL only")
     parser.add_argument("--folder", help="for reference losses and checkpoints; by default a temporary one")
     args = parser.parse_args()
-    PartialState()
-    # Several processes have to agree on it.
+    args.cpu = not torch.accelerator.is_available()  # with which several processes talk through gloo
+    PartialState(cpu=args.cpu)
+    # They have to agree on the folder.
     (args.folder,) = broadcast_object_list([args.folder or tempfile.mkdtemp()])
     return args

@@ -36,6 +36,7 @@ def main(args: argparse.Namespace, **training: Any) -> SFTTrainer:
             gradient_checkpointing=args.gradient_checkpointing,
             learning_rate=3e-3,
             logging_steps=4,
+            use_cpu=args.cpu,
             bf16=False,
             **training,
         ),

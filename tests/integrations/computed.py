@@ -29,8 +29,8 @@ class Call:
 class Computed:
     """A backend for `regate_fx.compile` that runs graphs as they are, and notes what they compute.
 
-    shape: of the weights watched for, [out, in]; recomputes: gradient checkpointing is in one of the graphs. Watches every
-    model that is compiled while `monkeypatch` lasts.
+    shape: of the weights watched for, [out, in]; recomputes: gradient checkpointing is in one of the graphs.
+    Watches every model that is compiled while `monkeypatch` lasts.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:

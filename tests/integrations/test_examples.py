@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from computed import Computed
 
-QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
+QUIET = {"report_to": "none", "disable_tqdm": True}
 WARMUP, CYCLE, DENSE = 4, 8, 2
 
 
@@ -20,6 +20,7 @@ def arguments(folder: Path, **changed: Any) -> argparse.Namespace:
         "samples": 64,
         "epochs": 2,
         "gradient_checkpointing": False,
+        "cpu": True,
         "padding_free": False,
     }
     return argparse.Namespace(folder=str(folder), **{**defaults, **changed})

@@ -1,0 +1,79 @@
+"""Two processes, started as users start them, train as one does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_parallel import run
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def launch(*command: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What one process finds, and what each of two does."""
+    alone = run(tmp_path_factory.mktemp("alone"), 1)
+    folder = tmp_path_factory.mktemp("two")
+    program = str(HERE / "data_parallel.py")
+    port = ["--main_process_port", "0"]
+    launch("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", *port, program, str(folder))
+    return alone, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("how", ["by_trainer", "by_loop"])
+def test_two_processes_train_as_one(how: str, results: Any) -> None:
+    alone, ranks = results
+    for rank in ranks:
+        assert len(rank[how]["buckets"].split(",")) > 1
+        for name, weight in alone[how]["weights"].items():
+            torch.testing.assert_close(rank[how]["weights"][name], weight)
+    assert all(
+        torch.equal(ranks[0][how]["weights"][name], weight)
+        for name, weight in ranks[1][how]["weights"].items()
+    )
+
+
+@pytest.mark.parametrize("how", ["by_trainer", "by_loop"])
+def test_each_process_computes_a_part_of_its_own_tokens(how: str, results: Any) -> None:
+    alone, ranks = results
+    for rank in ranks:
+        assert [computed < tokens for computed, tokens in rank[how]["calls"]] == [False] * 2 + [True] * 6
+    both = [
+        tuple(map(sum, zip(*pair, strict=True)))
+        for pair in zip(*(rank[how]["calls"] for rank in ranks), strict=True)
+    ]
+    assert both == alone[how]["calls"]
+    assert ranks[0][how]["calls"] != ranks[1][how]["calls"]
+
+
+def test_logs_are_those_of_all_processes(results: Any) -> None:
+    alone, ranks = results
+    names = ("loss", "regate/active_tokens", "regate/keep_ratio")
+    for rank in ranks:
+        for one, other in zip(alone["by_trainer"]["logs"][:-1], rank["by_trainer"]["logs"][:-1], strict=True):
+            for name in names:
+                assert other[name] == pytest.approx(one[name], rel=1e-4)
+    assert alone["by_loop"]["steps"] == ranks[0]["by_loop"]["steps"] == 4
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    program = str(ROOT / "examples" / "accelerate_loop.py")
+    options = ["--samples", "32", "--epochs", "1", "--folder", str(tmp_path)]
+    output = launch("torch.distributed.run", "--standalone", "--nproc_per_node", "2", program, *options)
+    assert "after 2 steps" in output

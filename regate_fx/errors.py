@@ -72,14 +72,14 @@ class LayerRefusal:
 
 
 class Bypassed(RegateError):
-    """A trainer computed training losses without the gated model's forward; raised before the optimizer steps."""
+    """A training loss was computed without the gated model's forward; raised before an optimizer steps on it."""
 
-    def __init__(self, step: int, gated: int, batches: int) -> None:
+    def __init__(self, what: str) -> None:
         super().__init__(
-            f"in optimizer step {step}, {gated} of {batches} batches were computed by the gated model. Somebody calls "
-            "its backbone and head directly, has replaced its forward, or switched gating off: every token would be "
-            "computed and trained. Remove what replaces the forward (fused losses of trainers and kernels do), or "
-            "train without attaching a gate."
+            f"{what} without the gate: somebody has replaced the forward of the gated model, or calls its backbone and "
+            "head directly, as fused losses of trainers and kernels do. Every token would be computed and trained. "
+            "Use regate_fx.integrations.attach where the trainer is Trainer or SFTTrainer; else leave out the fused "
+            "loss, or the gate."
         )
 
 

@@ -8,6 +8,7 @@ it has to remember lives in a slot, so that nothing of it reaches the user's obj
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from regate_fx.errors import InvalidInput, Unsupported
+from regate_fx.errors import Bypassed, InvalidInput, Unsupported
 from regate_fx.inputs import bind, check_call, gated_signature, own_signature
 from regate_fx.plan import TokenPlan
 
@@ -80,13 +81,15 @@ class _Gating:
     enabled: bool = True
     override: Callable[..., Any] | None = None
     base: Gated | None = None
+    entered: int = 0
 
 
 class _Forward:
     """`forward` as a data descriptor.
 
     It wins over a `forward` in the shared `__dict__`, and what others assign to `gated.forward` (autocast,
-    offload hooks) stays with the gated object: the user's own `forward` is called without meeting either.
+    offload hooks) stays with the gated object: the user's own `forward` is called without meeting either. With a gate,
+    what others assign has to call the gated forward in training.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -95,8 +98,10 @@ class _Forward:
     def __get__(self, gated: Gated | None, owner: type | None = None) -> Callable[..., Any]:
         if gated is None:
             return self._function
-        override = gated._regate.override
-        return self._function.__get__(gated) if override is None else override
+        gating = gated._regate
+        if gating.override is None:
+            return self._function.__get__(gated)
+        return gating.override if gating.gate is None else types.MethodType(_heeding(gating.override), gated)
 
     def __set__(self, gated: Gated, value: Callable[..., Any]) -> None:
         gated._regate.override = value
@@ -105,6 +110,21 @@ class _Forward:
         if gated._regate.override is None:
             raise AttributeError("forward")
         gated._regate.override = None
+
+
+def _heeding(override: Callable[..., Any]) -> Callable[..., Any]:
+    """`override`, which others have put in the place of the gated forward, and which may have forgotten it."""
+
+    @functools.wraps(override)
+    def forward(self: Gated, *args: Any, **kwargs: Any) -> Any:
+        gating = self._regate
+        before = gating.entered
+        output = override(*args, **kwargs)
+        if self.training and gating.enabled and gating.entered == before:
+            raise Bypassed("a training call was computed")
+        return output
+
+    return forward
 
 
 class Gated(nn.Module):
@@ -255,6 +275,7 @@ def _forward_function(own_class: type[nn.Module], signature: Signature) -> Calla
     # It takes anything: a call without token_mask is for the user's model alone to accept or refuse.
     def forward(self: Gated, *args: Any, token_mask: Any = None, sample_id: Any = None, **kwargs: Any) -> Any:
         gating = self._regate
+        gating.entered += 1
         if not gating.enabled:
             return gating.original.forward(*args, **kwargs)
         if sample_id is not None:

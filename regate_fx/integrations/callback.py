@@ -37,7 +37,10 @@ class GateCallback(TrainerCallback):
     ) -> None:
         gated, self._seen = self._tally.batches - self._seen, self._tally.batches
         if gated != self.window:
-            raise Bypassed(state.global_step, gated, self.window)
+            missing = self.window - gated
+            raise Bypassed(
+                f"optimizer step {state.global_step}: {missing} of {self.window} batches were computed"
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -14,7 +14,6 @@ from small_models import build
 from test_gate import docs, examples, losses, make, pad_right
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import regate_fx
 from regate_fx.errors import Bypassed, InvalidInput, Unsupported
@@ -218,30 +217,51 @@ def test_a_step_that_the_scaler_skipped_does_not_count(losses: Any) -> None:
     assert gate.global_step == 2
 
 
-@pytest.mark.parametrize("some", [False, True])
+def past_the_gate(gated: Any, labels: Any, items: Any, **inputs: Any) -> Tensor:
+    """The loss as trainers with a fused loss compute it: backbone, head, and all labels."""
+    logits = gated.lm_head(gated.model(**inputs).last_hidden_state)
+    return gated.loss_function(logits, labels, 97, num_items_in_batch=items)
+
+
+@pytest.mark.parametrize("gated_batches", [0, 1])
 def test_a_loss_past_the_gate_stops_before_the_optimizer_steps(
-    docs: Any, losses: Any, tmp_path: Path, some: bool
+    docs: Any, losses: Any, tmp_path: Path, gated_batches: int
 ) -> None:
-    """As fused losses do: somebody has replaced the forward, and calls backbone and head."""
     gated = compiled(build("llama"))
-    own, calls = gated.forward, []
-
-    def fused(input_ids: Any, attention_mask: Any, labels: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if some and len(calls) % 2:
-            return own(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        states = gated.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        logits = gated.lm_head(states)
-        items = kwargs["num_items_in_batch"]
-        return CausalLMOutputWithPast(gated.loss_function(logits, labels, 97, num_items_in_batch=items))
-
-    gated.forward = fused
     before = weights(gated)
     trainer = trainer_of(gated, docs, tmp_path, gradient_accumulation_steps=2)
     attach(trainer, fresh(losses))
-    with pytest.raises(Bypassed, match=f"in optimizer step 0, {int(some)} of 2 batches were computed"):
+    own, calls = trainer.compute_loss, []
+
+    def fused(model: Any, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        calls.append(model)
+        if len(calls) <= gated_batches:
+            return own(model, inputs, num_items_in_batch=num_items_in_batch, **kwargs)
+        inputs = {name: value for name, value in inputs.items() if name != "sample_id"}
+        return past_the_gate(model, items=num_items_in_batch, **inputs)
+
+    trainer.compute_loss = fused
+    missing = 2 - gated_batches
+    with pytest.raises(Bypassed, match=f"step 0: {missing} of 2 batches were computed without the gate"):
         trainer.train()
     assert all(torch.equal(weight, before[name]) for name, weight in weights(gated).items())
+
+
+def test_a_replaced_forward_may_not_forget_the_gated_one(docs: Any, losses: Any) -> None:
+    gate = fresh(losses, collator=pad_right)
+    gated = compiled(build("llama"), gate=gate)
+    batch = gate.collate(examples(docs))
+    own = gated.forward
+    gated.forward = lambda **inputs: own(**inputs)
+    assert gated(**batch).counted is not None
+    gated.forward = lambda sample_id, labels, **inputs: past_the_gate(gated, labels, None, **inputs)
+    with pytest.raises(
+        Bypassed, match="a training call was computed without the gate: somebody has replaced"
+    ):
+        gated(**batch)
+    assert gated.eval()(**batch).dim() == 0
+    gated.train().gating = False
+    assert gated(**batch).dim() == 0
 
 
 def test_gating_switched_off_is_dense_training(docs: Any, losses: Any, tmp_path: Path) -> None:

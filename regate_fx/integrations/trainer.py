@@ -11,6 +11,7 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor
 from transformers import Trainer, default_data_collator
 from transformers.trainer_utils import IntervalStrategy
@@ -83,9 +84,16 @@ class GatedTrainer(Trainer):
             self.regate.gate.collate, inner=self.training_collator(self.regate.inner)
         )
         try:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
         finally:
             self.data_collator = without_ids
+        if self.accelerator.num_processes > 1 and isinstance(loader, DataLoaderDispatcher):
+            raise Unsupported(
+                "one process that reads the batches of all",
+                "it would cut them up without what the gate knows of their samples.",
+                "Set accelerator_config={'dispatch_batches': False} in the training arguments.",
+            )
+        return loader
 
     def training_collator(self, inner: Any) -> Any:
         """What collates training examples without their ids."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from small_models import build
@@ -311,6 +312,19 @@ def test_what_cannot_be_attached(docs: Any, losses: Any, tmp_path: Path) -> None
     attach(trainer, gate)
     with pytest.raises(InvalidInput, match=r"trainer: has a gate already\. Call attach once"):
         attach(trainer, gate)
+
+
+def test_batches_dispatched_by_one_process_are_refused(
+    docs: Any, losses: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What accelerate does by default with a stream of examples and several processes."""
+    trainer = trainer_of(compiled(build("llama")), docs, tmp_path)
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    attach(trainer, fresh(losses))
+    trainer.train()
+    monkeypatch.setitem(AcceleratorState._shared_state, "num_processes", 2)
+    with pytest.raises(Unsupported, match=r"one process that reads .* 'dispatch_batches': False"):
+        trainer.get_train_dataloader()
 
 
 @pytest.mark.parametrize("passed", ["the gate's", "the gate's inner"])

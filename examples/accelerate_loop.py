@@ -51,6 +51,7 @@ def main(args: argparse.Namespace) -> ReGate:
     accelerator.print(
         f"held-out loss {torch.cat(found).mean():.3f} after {gate.state_dict()['global_step']} steps"
     )
+    accelerator.end_training()
     return gate
 
 

@@ -9,21 +9,33 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, default_data_collator
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+from trl import SFTConfig, SFTTrainer
 
 import regate_fx
-from regate_fx.runtime import ReferenceLosses, SampleLosses, Signals
+from regate_fx.integrations import attach
+from regate_fx.runtime import ReferenceLosses, ReGate, SampleLosses, Signals, teacher_losses
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def snippet(heading: str) -> str:
-    """The first Python under a heading."""
+def snippet(heading: str, index: int = 0) -> str:
+    """The first Python under a heading, or a later one."""
     (section,) = re.findall(rf"\n## {heading}\n(.*?)\n## ", README, re.DOTALL)
-    code: str = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
+    code: str = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[index]
     return code
 
 
@@ -41,21 +53,61 @@ def unmoved(model: LlamaForCausalLM, before: dict[str, torch.Tensor]) -> list[st
     return [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])]
 
 
-def test_a_model_trains_with_regate(model: LlamaForCausalLM, tmp_path: Path) -> None:
-    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+def training_scope(model: LlamaForCausalLM, folder: Path) -> dict[str, Any]:
+    """What a reader has at hand: a model, data with ids, a tokenizer."""
     ids = torch.randint(3, 50, (16, 12))
     labels = ids.masked_fill(torch.arange(12) < 4, -100)
-    data = [{"sample_id": i, "input_ids": ids[i], "labels": labels[i]} for i in range(len(ids))]
+    rows = zip(ids.tolist(), labels.tolist(), strict=True)
     words = {f"w{index}": index for index in range(50)}
-    scope: dict[str, Any] = {
+    return {
         "model": model,
-        "data": data,
-        "folder": tmp_path,
-        "tokenizer": PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0"))),
+        "data": Dataset.from_list(
+            [{"sample_id": i, "input_ids": row, "labels": label} for i, (row, label) in enumerate(rows)]
+        ),
+        "folder": folder / "losses",
+        "tokenizer": PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), pad_token="w1", eos_token="w2"
+        ),
         "collator": default_data_collator,
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
         "DataLoader": DataLoader,
     }
+
+
+@pytest.mark.parametrize(
+    ("index", "prepare"),
+    [(0, TrainingArguments), (1, SFTConfig), (2, None)],
+    ids=["Trainer", "SFTTrainer", "accelerate"],
+)
+def test_a_model_trains_with_each_trainer(
+    index: int, prepare: Any, model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    scope = training_scope(model, tmp_path)
+    losses = teacher_losses(
+        model, scope["data"], scope["folder"], tokenizer=scope["tokenizer"], progress=False
+    )
+    AcceleratorState._reset_state(True)
+    kinds = {"Trainer": Trainer, "SFTTrainer": SFTTrainer, "ReGate": ReGate, "attach": attach}
+    scope |= {"regate_fx": regate_fx, "teacher_losses": teacher_losses, "gate": ReGate(losses), **kinds}
+    if prepare is None:
+        scope["accelerator"] = Accelerator(cpu=True)
+    else:
+        extra = {"bf16": False, "gradient_checkpointing": False} if prepare is SFTConfig else {}
+        scope["args"] = prepare(
+            str(tmp_path), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, **extra
+        )
+
+    exec(snippet("With your trainer", index), scope)
+
+    gate = scope["trainer"].regate.gate if prepare else scope["gate"]
+    assert gate.state_dict()["global_step"] == 2
+    assert not gate.difficulty.ema.isnan().all()
+    AcceleratorState._reset_state(True)
+
+
+def test_a_model_trains_with_regate(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    scope = training_scope(model, tmp_path)
 
     exec(snippet("Train your own model with ReGATE"), scope)
 

@@ -118,3 +118,4 @@ if __name__ == "__main__":
     state = PartialState(cpu=True)
     into = Path(sys.argv[1])
     torch.save(run(into, state.num_processes), into / f"{state.process_index}.pt")
+    state.destroy_process_group()

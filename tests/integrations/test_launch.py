@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +74,15 @@ def test_logs_are_those_of_all_processes(results: Any) -> None:
     assert alone["by_loop"]["steps"] == ranks[0]["by_loop"]["steps"] == 4
 
 
-def test_torchrun(tmp_path: Path) -> None:
+def test_two_launchers_as_on_two_machines(tmp_path: Path) -> None:
     program = str(ROOT / "examples" / "accelerate_loop.py")
     options = ["--samples", "32", "--epochs", "1", "--folder", str(tmp_path)]
-    output = launch("torch.distributed.run", "--standalone", "--nproc_per_node", "2", program, *options)
-    assert "after 2 steps" in output
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = ["--master_addr", "127.0.0.1", "--master_port", str(free.getsockname()[1])]
+    nodes = ("torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *address)
+    with ThreadPoolExecutor(2) as machines:
+        outputs = list(
+            machines.map(lambda rank: launch(*nodes, "--node_rank", str(rank), program, *options), range(2))
+        )
+    assert all("after 2 steps" in output for output in outputs)

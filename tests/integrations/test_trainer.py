@@ -323,7 +323,7 @@ def test_batches_dispatched_by_one_process_are_refused(
     attach(trainer, fresh(losses))
     trainer.train()
     monkeypatch.setitem(AcceleratorState._shared_state, "num_processes", 2)
-    with pytest.raises(Unsupported, match=r"one process that reads .* 'dispatch_batches': False"):
+    with pytest.raises(Unsupported, match=r"one process that reads .*'dispatch_batches': False"):
         trainer.get_train_dataloader()
 
 

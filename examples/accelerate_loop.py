@@ -18,7 +18,7 @@ import regate_fx
 from regate_fx.runtime import DualCycle, ReGate, teacher_losses
 
 
-def main(args: argparse.Namespace) -> ReGate:
+def main(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=2)
     tokenizer = make_tokenizer()
@@ -45,14 +45,14 @@ def main(args: argparse.Namespace) -> ReGate:
                 accelerator.backward(gated(**batch).loss)
                 optimizer.step()
                 optimizer.zero_grad()
+        gate.exchange()
     gated.eval()
     with torch.no_grad():
         found = [accelerator.gather_for_metrics(gated(**batch).loss[None]) for batch in held_out_loader]
-    accelerator.print(
-        f"held-out loss {torch.cat(found).mean():.3f} after {gate.state_dict()['global_step']} steps"
-    )
+    gate.gather()
+    steps = gate.state_dict()["global_step"]
+    accelerator.print(f"held-out loss {torch.cat(found).mean():.3f} after {steps} steps")
     accelerator.end_training()
-    return gate
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from regate_fx.runtime import ReGate
 
 
 class GateCallback(TrainerCallback):
-    """Counts the gate's steps: those that the optimizer took, not those that a gradient scaler skipped.
+    """Counts the gate's steps: those that the optimizer took, not those that a gradient scaler skipped. At the end of
+    each epoch, ranks learn what the others have observed.
 
     window: batches of the optimizer step under way. `tally` has to watch the gate.
     """
@@ -47,6 +48,11 @@ class GateCallback(TrainerCallback):
     ) -> None:
         if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
             self.gate.step()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.gate.exchange()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

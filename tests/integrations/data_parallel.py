@@ -74,7 +74,7 @@ def by_trainer(folder: Path, processes: int) -> tuple[Any, dict[str, Any]]:
     )
     attach(trainer)
     trainer.train()
-    return trainer.model_wrapped, {"logs": trainer.state.log_history}
+    return trainer.model_wrapped, {"logs": trainer.state.log_history, "ema": gate.difficulty.ema}
 
 
 def by_loop(folder: Path, processes: int) -> tuple[Any, dict[str, Any]]:
@@ -97,7 +97,9 @@ def by_loop(folder: Path, processes: int) -> tuple[Any, dict[str, Any]]:
             accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-    return wrapped, {"steps": gate.state_dict()["global_step"]}
+    gate.exchange()
+    gate.gather()
+    return wrapped, {"steps": gate.state_dict()["global_step"], "ema": gate.difficulty.ema}
 
 
 def run(folder: Path, processes: int) -> dict[str, dict[str, Any]]:

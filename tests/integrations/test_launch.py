@@ -64,6 +64,13 @@ def test_each_process_computes_a_part_of_its_own_tokens(how: str, results: Any) 
     assert ranks[0][how]["calls"] != ranks[1][how]["calls"]
 
 
+@pytest.mark.parametrize("how", ["by_trainer", "by_loop"])
+def test_after_an_epoch_each_process_knows_what_the_other_observed(how: str, results: Any) -> None:
+    alone, ranks = results
+    for rank in ranks:
+        torch.testing.assert_close(rank[how]["ema"], alone[how]["ema"], equal_nan=True)
+
+
 def test_logs_are_those_of_all_processes(results: Any) -> None:
     alone, ranks = results
     names = ("loss", "regate/active_tokens", "regate/keep_ratio")

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
 import regate_fx
+from regate_fx.integrations import register
 from regate_fx.runtime import DualCycle, ReGate, teacher_losses
 
 
@@ -37,6 +38,7 @@ def main(args: argparse.Namespace) -> None:
     held_out_loader = DataLoader(held_out, batch_size=4, collate_fn=collator)
     optimizer = torch.optim.AdamW(gated.parameters(), lr=3e-3)
     gated, optimizer, loader, held_out_loader = accelerator.prepare(gated, optimizer, loader, held_out_loader)
+    register(accelerator, gate)  # save_state and load_state take the gate along
 
     gated.train()
     for _ in range(args.epochs):
@@ -49,9 +51,8 @@ def main(args: argparse.Namespace) -> None:
     gated.eval()
     with torch.no_grad():
         found = [accelerator.gather_for_metrics(gated(**batch).loss[None]) for batch in held_out_loader]
-    gate.gather()
-    steps = gate.state_dict()["global_step"]
-    accelerator.print(f"held-out loss {torch.cat(found).mean():.3f} after {steps} steps")
+    accelerator.save_state(f"{args.folder}/state")
+    accelerator.print(f"held-out loss {torch.cat(found).mean():.3f} after {gate.global_step} steps")
     accelerator.end_training()
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from regate_fx.errors import InvalidInput, StoreMismatch
 from regate_fx.runtime import ReferenceLosses
-from regate_fx.runtime.difficulty import Difficulty, unpack
+from regate_fx.runtime.checkpoint import read_state as read_saved
+from regate_fx.runtime.shared_difficulty import whole_ema
 
 # What reading raises where a file is no state, or holds something else under a state's names.
 _NO_STATE = (
@@ -83,22 +84,23 @@ def open_run(paths: Sequence[str | os.PathLike[str]]) -> Run:
 
 
 def read_state(path: Path) -> GateState:
-    """Read what `torch.save(gate.state_dict(), path)` wrote. Raises `StoreMismatch`."""
+    """Read what `gate.save(path)` or `torch.save(gate.state_dict(), path)` wrote. Raises `StoreMismatch`, and
+    `StoreDamaged` for a file of the first kind."""
     if not path.exists():
         raise StoreMismatch(str(path), "there is nothing.", "Name a store's folder or a gate's checkpoint.")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        difficulty = Difficulty(len(saved["ema"]))
-        difficulty.load(saved["ema"])
-        difficulty.merge(unpack(saved["pending"]))
+        is_file_of_gate = path.suffix == ".safetensors"
+        saved = (
+            read_saved(path) if is_file_of_gate else torch.load(path, map_location="cpu", weights_only=True)
+        )
         return GateState(
-            difficulty.ema, int(saved["global_step"]), saved["fingerprint"], dict(saved["settings"])
+            whole_ema(saved), int(saved["global_step"]), saved["fingerprint"], dict(saved["settings"])
         )
     except _NO_STATE as error:
         raise StoreMismatch(
             str(path),
             f"it is no saved state of a gate ({type(error).__name__}).",
-            "Write one with torch.save(gate.state_dict(), path).",
+            "Write one with gate.save(path), which ends in .safetensors, or torch.save(gate.state_dict(), path).",
         ) from error
 
 

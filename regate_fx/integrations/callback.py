@@ -28,10 +28,14 @@ class GateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.gate.follows_optimizer = False
-        if self.gate.global_step == 0:
-            # Resumed from a checkpoint that says nothing of the gate.
-            self.gate.global_step = state.global_step
         self._seen = self._tally.batches
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Resumed from a checkpoint of an epoch's last step, the end of that epoch does not come again.
+        if float(state.epoch or 0.0).is_integer():
+            self.gate.exchange()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.trainer_utils import IntervalStrategy
 from regate_fx import find_gated
 from regate_fx.errors import InvalidInput, Unsupported
 from regate_fx.integrations.callback import GateCallback
+from regate_fx.integrations.checkpoints import STATE
 from regate_fx.integrations.tally import Tally, Totals
 from regate_fx.runtime import ReGate
 
@@ -32,7 +34,8 @@ def attach(trainer: Trainer, gate: ReGate | None = None) -> None:
     steps are counted as Trainer counts them; `num_items_in_batch` is the number of labels that the gate leaves, of all
     batches of an optimizer step and of all ranks; training logs have `regate/active_tokens` (positions computed since
     the last log, by all ranks), `regate/keep_ratio` (mean share of the candidates kept) and `regate/flops_saved`
-    (estimated share of the forward's FLOPs). Evaluation is that of the untouched model and needs no ids.
+    (estimated share of the forward's FLOPs). Evaluation is that of the untouched model and needs no ids. Checkpoints
+    hold the gate's state, and `train(resume_from_checkpoint=...)` goes on from it.
 
     Raises `InvalidInput` for a model that is not gated or has another gate, for two different collators, and for a
     trainer that has a gate already; `Unsupported` for losses computed outside the model, for tensor, context and
@@ -110,6 +113,16 @@ class GatedTrainer(Trainer):
             counted = self.accelerator.reduce(counted, "sum")
         # No label may be left at all; the loss is then 0, not 0 / 0.
         return batches, counted.clamp(min=1)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Before trainer_state.json, without which nobody resumes: what can be resumed has its gate's state.
+        super()._save_rng_state(output_dir)
+        self.regate.gate.save(Path(output_dir) / STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.regate.gate.load(Path(checkpoint) / STATE)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:

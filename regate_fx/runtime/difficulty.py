@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -115,20 +114,6 @@ class Difficulty:
                 return
             self._unchecked.check()
         self._unchecked = _BrokenLosses(broken, ids)
-
-
-def pack(observed: Sequence[tuple[Tensor, Tensor]]) -> bytes:
-    """What each rank observed, as bytes: checkpoints keep objects of any size, but tensors of one size only."""
-    tensors: dict[str, Tensor] = {}
-    for rank, (slots, values) in enumerate(observed):
-        tensors |= {f"{rank}.labels": slots.cpu().contiguous(), f"{rank}.ema": values.cpu().contiguous()}
-    return safetensors.torch.save(tensors)
-
-
-def unpack(packed: bytes) -> list[tuple[Tensor, Tensor]]:
-    """The inverse of `pack`."""
-    tensors = safetensors.torch.load(packed)
-    return [(tensors[f"{rank}.labels"], tensors[f"{rank}.ema"]) for rank in range(len(tensors) // 2)]
 
 
 class _BrokenLosses:

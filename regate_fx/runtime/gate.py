@@ -5,9 +5,11 @@ Shapes: B rows, S positions, G documents.
 
 from __future__ import annotations
 
-import logging
+import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +17,8 @@ from torch import Tensor, nn
 
 from regate_fx.errors import InvalidInput, StoreMismatch, Unsupported
 from regate_fx.runtime import ranks
+from regate_fx.runtime.checkpoint import read_state, write_state
 from regate_fx.runtime.collate import Collator
-from regate_fx.runtime.difficulty import Difficulty, pack, unpack
 from regate_fx.runtime.label_table import has_teacher
 from regate_fx.runtime.policies import (
     Combination,
@@ -30,10 +32,9 @@ from regate_fx.runtime.rules import Alignment, TokenRules
 from regate_fx.runtime.samples import Counts, Samples, describe, labels_of
 from regate_fx.runtime.schedule import DualCycle
 from regate_fx.runtime.select import keep_top, kept_counts, scores, try_out
+from regate_fx.runtime.shared_difficulty import SharedDifficulty
 from regate_fx.runtime.steps import OptimizerSteps
 from regate_fx.runtime.store import ReferenceLosses
-
-logger = logging.getLogger("regate_fx")
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class ReGate:
             align,
             shifted,
         )
-        self.difficulty = Difficulty(losses.labels, beta)
+        self.difficulty = SharedDifficulty(losses, beta)
         self.global_step = 0
         self.collate = Collator(self.rules, losses, collator)
         self.follows_optimizer = True
@@ -145,7 +146,6 @@ class ReGate:
         self._last: Choice | None = None
         self._pairing_known = False
         self._agreed = False
-        self._gathered: list[tuple[Tensor, Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Who watches this gate does not watch a copy of it.
@@ -251,10 +251,7 @@ class ReGate:
                 "output", "has no token_loss and counted.", "Pass what the gated model returned for labels."
             )
         self._check_pairing(samples, counted)
-        self._gathered = None
-        self.difficulty.update(
-            samples.slot, token_loss, counted & samples.observed, samples.ids, apart=ranks.count() > 1
-        )
+        self.difficulty.observe(samples.slot, token_loss, counted & samples.observed, samples.ids)
 
     def step(self) -> None:
         """Count one optimizer step. A model compiled with this gate does it by itself."""
@@ -275,17 +272,11 @@ class ReGate:
         Only labels observed since the last exchange travel. Of a sample that several ranks drew, as samplers do that
         fill up the last batch, the lowest rank's values count, and a warning says so. One process needs no exchange.
         """
-        if ranks.count() == 1:
-            return
-        observed = ranks.gather_labels(*self.difficulty.own)
-        self._warn_of_repeats(observed)
-        self.difficulty.merge(observed)
-        self._gathered = None
+        self.difficulty.exchange()
 
     def gather(self) -> None:
         """Make `state_dict` complete: call it on all ranks right before it. One process needs it not."""
-        if ranks.count() > 1:
-            self._gathered = ranks.gather_labels(*self.difficulty.own)
+        self.difficulty.gather()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes in training: the step and the difficulties, with what they belong to.
@@ -293,17 +284,10 @@ class ReGate:
         The same on all ranks. Raises `Unsupported` where several ranks train and `gather` was not called since the
         last batch: what the others observed would be lost.
         """
-        if ranks.count() > 1 and self._gathered is None:
-            raise Unsupported(
-                "the state of one rank",
-                "what the others have observed since the last exchange would be lost.",
-                "Call gate.gather() on every rank right before gate.state_dict().",
-            )
-        self._catch_up()
+        self.global_step = self._steps.catch_up(self.global_step)
         return {
             "global_step": self.global_step,
-            "ema": self.difficulty.ema.detach().cpu().clone(),
-            "pending": pack(self._gathered or []),
+            **self.difficulty.state(),
             "fingerprint": self.losses.fingerprint,
             "settings": self._settings(),
         }
@@ -320,22 +304,36 @@ class ReGate:
                 "it belongs to other reference losses.",
                 "Open the store it was trained with.",
             )
-        settings = self._settings()
-        changed = sorted(name for name in settings if state["settings"].get(name) != settings[name])
+        # As they are read back from a file.
+        settings = json.loads(json.dumps(self._settings()))
+        saved = json.loads(json.dumps(state["settings"]))
+        changed = sorted(name for name in settings | saved if saved.get(name) != settings.get(name))
         if changed:
             raise InvalidInput(
                 changed[0],
                 f"differs from the saved run, as does all of {changed}.",
                 "Use the saved run's settings.",
             )
-        pending = unpack(state["pending"])
-        same_ranks = len(pending) == ranks.count()
-        self.difficulty.load(state["ema"], pending[ranks.rank()] if same_ranks else None)
-        if not same_ranks:
-            self.difficulty.merge(pending)
+        self.difficulty.load_state(state)
         self.global_step = state["global_step"]
         self._steps = OptimizerSteps()
-        self._gathered = None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to one file, durably: call it on all ranks, the first one writes.
+
+        Whatever happens meanwhile, the file is the new one or the one before. Raises `StoreUnwritable`.
+        """
+        self.gather()
+        if ranks.rank() == 0:
+            write_state(Path(path), self.state_dict())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on from what `save` wrote: call it on all ranks.
+
+        Raises `StoreMismatch` where there is no state or one of other losses, `StoreDamaged` where the file is not what
+        was written, `InvalidInput` for one of other settings.
+        """
+        self.load_state_dict(read_state(path))
 
     def _agree(self) -> None:
         """Once, before the first batch: all ranks were started alike."""
@@ -344,19 +342,6 @@ class ReGate:
         started = self._settings() | {"global_step": self.global_step, "losses": self.losses.fingerprint}
         ranks.check_agreement(started)
         self._agreed = True
-
-    def _warn_of_repeats(self, observed: list[tuple[Tensor, Tensor]]) -> None:
-        slots, times = torch.cat([slots for slots, _ in observed]).unique(return_counts=True)
-        rows = torch.searchsorted(self.losses.starts, slots[times > 1].cpu(), right=True) - 1
-        samples = self.losses.ids[rows.unique()].tolist()
-        if samples:
-            logger.warning(
-                "%d samples were observed by several ranks since the last exchange (ids %s%s); the lowest rank's "
-                "losses count.",
-                len(samples),
-                samples[:5],
-                ", ..." if len(samples) > 5 else "",
-            )
 
     def _settings(self) -> dict[str, Any]:
         settings = asdict(self.schedule) | self._policy_settings | asdict(self.rules)

@@ -58,7 +58,10 @@ def digest_of(content: Any, belonging: str) -> str:
     return digest.hexdigest()
 
 
-def publish(path: Path, content: Any, unfinished: str = "") -> None:
+_GO_ON = "Make room or get permission and run the teacher pass again: it goes on where it stopped."
+
+
+def publish(path: Path, content: Any, unfinished: str = "", remedy: str = _GO_ON) -> None:
     """Make a file appear complete or not at all, also through a power failure.
 
     unfinished: name of the file until it is complete; a name of nobody else's, and of the same content's next writer
@@ -74,15 +77,15 @@ def publish(path: Path, content: Any, unfinished: str = "") -> None:
         _sync_folder(path.parent)
     except OSError as error:
         _discard(temporary)
-        raise unwritable(path, error) from error
+        raise unwritable(path, error, remedy) from error
 
 
-def unwritable(path: Path, error: OSError) -> StoreUnwritable:
+def unwritable(path: Path, error: OSError, remedy: str = _GO_ON) -> StoreUnwritable:
     reason = error.strerror or str(error)
     return StoreUnwritable(
         str(path),
         f"it cannot be written ({reason}).",
-        "Make room or get permission and run the teacher pass again: it goes on where it stopped.",
+        remedy,
     )
 
 

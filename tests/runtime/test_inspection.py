@@ -32,7 +32,7 @@ from regate_fx.inspection.statistics import TokenMeans, hardest_and_easiest, lab
 from regate_fx.inspection.terminal import sample_panel, visible
 from regate_fx.inspection.tokens import SampleView, SampleViewer, Standing
 from regate_fx.runtime import DualCycle, ReGate, Signals, policies, teacher_losses
-from regate_fx.runtime.difficulty import pack
+from regate_fx.runtime.shared_difficulty import pack
 
 PAD, END, IMAGE = 0, 2, 3
 NASTY = {5: "<script>alert(1)</script>", 6: "\"'&<b>", 7: "\n", 8: "</span>", 9: "\x1b[31m"}

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regate_fx.errors import InvalidInput, StoreMismatch, Unsupported
+from regate_fx.errors import InvalidInput, StoreMismatch
 from regate_fx.runtime import ranks
+from regate_fx.runtime.accumulation import Window, check_announced, collated
 from regate_fx.runtime.checkpoint import read_state, write_state
 from regate_fx.runtime.collate import Collator
 from regate_fx.runtime.label_table import has_teacher
@@ -29,7 +30,7 @@ from regate_fx.runtime.policies import (
     policy_settings,
 )
 from regate_fx.runtime.rules import Alignment, TokenRules
-from regate_fx.runtime.samples import Counts, Samples, describe, labels_of
+from regate_fx.runtime.samples import Samples, describe, labels_of
 from regate_fx.runtime.schedule import DualCycle
 from regate_fx.runtime.select import keep_top, kept_counts, scores, try_out
 from regate_fx.runtime.shared_difficulty import SharedDifficulty
@@ -52,28 +53,6 @@ class Choice:
     samples: Samples
     ratio: float
     active: tuple[int, int] | None
-
-
-@dataclass(frozen=True)
-class _Window:
-    """The batches of one optimizer step, known by the objects that count them: those travel with a batch."""
-
-    step: int
-    counts: list[Counts]
-
-    def holds(self, counts: Counts) -> bool:
-        return any(counts is announced for announced in self.counts)
-
-
-def _collated(batch: Mapping[str, Any]) -> Samples:
-    samples = batch.get("sample_id")
-    if not isinstance(samples, Samples):
-        raise InvalidInput(
-            "sample_id",
-            f"is {type(samples).__name__} in a batch whose labels are to be counted beforehand.",
-            "Collate with gate.collate.",
-        )
-    return samples
 
 
 class ReGate:
@@ -142,7 +121,7 @@ class ReGate:
         self.follows_optimizer = True
         self.watchers: list[Callable[[Choice, Any], None]] = []
         self._steps = OptimizerSteps()
-        self._window: _Window | None = None
+        self._window: Window | None = None
         self._last: Choice | None = None
         self._pairing_known = False
         self._agreed = False
@@ -168,7 +147,7 @@ class ReGate:
         self._agree()
         samples = self._samples(batch)
         if batch.get("num_items_in_batch") is not None:
-            self._check_announced(samples.counts)
+            check_announced(self._window, self.global_step, samples.counts)
         ratio = self.schedule.ratio(self.global_step)
         mask = samples.real if ratio == 1.0 else self._sparse(samples, ratio)
         self._last = Choice(mask, samples, ratio, samples.counts.active(ratio))
@@ -218,31 +197,9 @@ class ReGate:
         Raises `InvalidInput` for other batches, `Unsupported` where only the masks will tell.
         """
         self._catch_up()
-        ratio = self.schedule.ratio(self.global_step)
-        counts = [_collated(batch).counts for batch in batches]
-        numbers = [count.counted(ratio) for count in counts]
-        self._window = _Window(self.global_step, counts)
-        known = [number for number in numbers if number is not None]
-        if len(known) < len(numbers):
-            raise Unsupported(
-                f"a loss normalised over several batches with align={self.rules.align!r}",
-                "which labels count is known when their masks are, not before.",
-                "Use align='predictor', or let each batch be a mean of its own: for Trainer, set "
-                "trainer.model_accepts_loss_kwargs = False.",
-            )
-        return sum(known)
-
-    def _check_announced(self, counts: Counts) -> None:
-        window = self._window
-        if window is not None and window.step == self.global_step and window.holds(counts):
-            return
-        raise Unsupported(
-            "num_items_in_batch with a gate",
-            "it was not counted by the gate for this batch and step, and where it also counts labels that the gate "
-            "drops, the loss shrinks with their share.",
-            "Leave it out: the loss is the mean over counted labels. For Trainer, use "
-            "regate_fx.integrations.attach; in a loop of your own, pass what count_labels returns.",
-        )
+        counts = [collated(batch).counts for batch in batches]
+        self._window = Window(self.global_step, counts)
+        return self._window.count(self.schedule.ratio(self.global_step), self.rules.align)
 
     def _observe(self, samples: Samples, output: Any) -> None:
         token_loss, counted = getattr(output, "token_loss", None), getattr(output, "counted", None)
@@ -284,7 +241,7 @@ class ReGate:
         The same on all ranks. Raises `Unsupported` where several ranks train and `gather` was not called since the
         last batch: what the others observed would be lost.
         """
-        self.global_step = self._steps.catch_up(self.global_step)
+        self._catch_up()
         return {
             "global_step": self.global_step,
             **self.difficulty.state(),

@@ -93,3 +93,12 @@ def test_two_launchers_as_on_two_machines(tmp_path: Path) -> None:
             machines.map(lambda rank: launch(*nodes, "--node_rank", str(rank), program, *options), range(2))
         )
     assert all("after 2 steps" in output for output in outputs)
+
+
+def test_sharded_layers_compute_a_part_of_their_tokens(tmp_path: Path) -> None:
+    launch("torch.distributed.run", "--nproc_per_node", "2", str(HERE / "sharded.py"), str(tmp_path))
+    for rank in range(2):
+        calls = torch.load(tmp_path / f"{rank}.pt")
+        sparse = [computed < tokens for computed, tokens in calls]
+        # Four dense steps, then cycles of eight, the first two of them dense.
+        assert sparse == [False] * 4 + ([False] * 2 + [True] * 6) + [False] * 2 + [True] * 2

@@ -142,7 +142,8 @@ def torment(run: Run, kills: int, chance: random.Random) -> Tally:
             while not (folder / END).exists():
                 child = forked(lambda folder=folder: run(folder))
                 tally.starts += 1
-                time.sleep(chance.uniform(0, seconds))
+                # Longer than a run takes: most of it is start-up, and a run that is killed there gets no further.
+                time.sleep(chance.uniform(0, 1.5 * seconds))
                 os.kill(child, signal.SIGKILL)
                 status = _ended(child)
                 assert status in (0, -signal.SIGKILL), status

@@ -233,6 +233,7 @@ class ReGate:
 
     def gather(self) -> None:
         """Make `state_dict` complete: call it on all ranks right before it. One process needs it not."""
+        self._catch_up()
         self.difficulty.gather()
 
     def state_dict(self) -> dict[str, Any]:

@@ -27,6 +27,11 @@ class Refused(Exception):
         self.node = node
         super().__init__(reason)
 
+    def kept(self) -> Refused:
+        """Without the frames that it was raised through, which would keep the tensors of the call alive."""
+        self.__traceback__ = self.__context__ = self.__cause__ = None
+        return self
+
     def refusal(self, layer: int | None = None) -> LayerRefusal:
         return LayerRefusal(layer, self.code, self.reason, source_line(self.node))
 

@@ -65,7 +65,7 @@ def _analyse(node: fx.Node, analysis: TokenAxes) -> None:
         _check_sizes(node, verdict, analysis.symbols)
     except Refused as refused:
         refused.node = refused.node or node
-        analysis.unproven[node] = refused
+        analysis.unproven[node] = refused.kept()
         with contextlib.suppress(Refused):
             analysis.axes[node] = _axes_by_size(value, analysis.symbols)
         return

@@ -113,9 +113,9 @@ class GatingBackend:
             passes = LAYERWISE if self.layerwise else self.passes
             run = run_passes(_copy(gm), PassContext(), passes, dump=keep)
         except Refused as refused:
-            self.captures.refusals.append(refused)
+            self.captures.refusals.append(refused.kept())
             if self.whole and refused.code == "number":
-                raise NotGateable([refused.refusal()]) from refused  # to be captured otherwise, not to run
+                raise NotGateable([refused.refusal()]) from None  # to be captured otherwise, not to run
             return None
         except PassFailed as failed:
             self.captures.refusals.append(Refused("pass-failed", str(failed)))

@@ -5,12 +5,14 @@ Shapes: B samples, S positions, N active positions, L the most active positions 
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from oracles import observe
-from small_models import Batch, build, random_batch
+from oracles import check_step, observe
+from small_models import MODELS, VOCABULARY, Batch, build, random_batch
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -129,3 +131,24 @@ def test_weights_that_change_cost_no_trace(generator: torch.Generator) -> None:
         observe(gated, batch)
         optimizer.step()
         assert graphs_traced() == after_first
+
+
+def test_the_first_call_leaves_nothing_behind(generator: torch.Generator) -> None:
+    """Some operators are refused and the capture goes on; what was raised must not keep the call's tensors."""
+    gated = regate_fx.compile(build("llama"), backend="eager")
+    batch = random_batch(generator, 3, 11)
+    output = gated(**batch.model_inputs(), labels=batch.labels, token_mask=batch.token_mask)
+    loss = weakref.ref(output.loss)
+    output.loss.backward()
+    del output
+    gc.collect()
+    assert loss() is None
+
+
+def test_embeddings_may_be_resized_after_the_first_call(generator: torch.Generator) -> None:
+    small = build("llama")
+    gated = regate_fx.compile(small, backend="eager", validate=False)
+    for size in (VOCABULARY, VOCABULARY + 8):
+        gated.resize_token_embeddings(size, mean_resizing=False)
+        seen = check_step(gated, small, MODELS["llama"], random_batch(generator, 3, 11), f"{size} tokens")
+        assert seen.gradients["model.embed_tokens.weight"].shape[0] == size

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from collated import reference_of
 from restatement import Token
 from torch import Tensor
@@ -194,6 +195,26 @@ def test_two_ranks_go_on_from_one_process(tmp_path: Path) -> None:
     for whole, *halves in zip(expected, first, second, strict=True):
         assert torch.equal(whole, torch.cat(halves))
     assert bits(ema) == bits(alone.difficulty.ema)
+
+
+def test_a_distributed_checkpoint_of_two_ranks(tmp_path: Path) -> None:
+    def work(rank: int, folder: Path) -> Any:
+        gate = make_gate()
+        epochs(gate, of_rank(rank), 1)
+        step(gate, of_rank(rank)(0), epoch=1)
+        gate.gather()
+        dcp.save({"gate": gate}, checkpoint_id=folder / "checkpoint")
+        resumed = make_gate()
+        resumed.gather()
+        dcp.load({"gate": resumed}, checkpoint_id=folder / "checkpoint")
+        rest = [[step(g, of_rank(rank)(begin), 1) for begin in (4, 8)] for g in (gate, resumed)]
+        for each in (gate, resumed):
+            each.exchange()
+        return rest, gate.difficulty.ema, resumed.difficulty.ema
+
+    for rest, ema, resumed in run_ranks(work, tmp_path):
+        assert all(torch.equal(one, other) for one, other in zip(*rest, strict=True))
+        assert bits(ema) == bits(resumed)
 
 
 def test_ranks_that_disagree_stop_with_the_same_words(tmp_path: Path) -> None:

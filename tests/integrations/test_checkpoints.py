@@ -67,7 +67,7 @@ class Loop:
                 self.gate.exchange()
 
     def found(self) -> list[Tensor]:
-        return [*(p.detach() for p in self.model.parameters()), self.gate.difficulty.ema]
+        return [*(p.detach().clone() for p in self.model.parameters()), self.gate.difficulty.ema.clone()]
 
 
 def equal(one: list[Tensor], other: list[Tensor]) -> bool:

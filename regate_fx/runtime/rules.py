@@ -115,11 +115,13 @@ class Roles:
     """What each position and label of a batch is. All bool [B, S], False at padding.
 
     label:     by label: belongs to the output of its sample
+    predicted: by label: a position of its own document predicts it
     always:    by position: computed in every step
     candidate: by label: competes for being kept
     """
 
     label: Tensor
+    predicted: Tensor
     always: Tensor
     candidate: Tensor
 
@@ -141,7 +143,7 @@ def assign_roles(
     if rules.align == "predictor" and rules.shifted:
         always = always | _ends_of_earlier_turns(docs, label, predicted)
     candidate = predicted & ~special & ~_kept_anyway(rules, always)
-    return Roles(label, always, candidate)
+    return Roles(label, predicted, always, candidate)
 
 
 def _ids(ids: tuple[int, ...], like: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def describe(batch: Mapping[str, Any], rules: TokenRules, losses: ReferenceLosse
         always=roles.always,
         real=real,
         candidate=roles.candidate,
-        observed=roles.label & docs.spread(_last_of_each(docs)),
+        observed=roles.predicted & docs.spread(_last_of_each(docs)),
         slot=slot,
         reference=reference,
         group=docs.group,

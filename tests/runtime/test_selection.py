@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,3 +168,14 @@ def test_settings_out_of_range(arguments: dict[str, Any], name: str) -> None:
     with pytest.raises(InvalidInput, match=f"^{name}: ") as caught:
         ReGate(reference_of({0: []}), **arguments)
     assert caught.value.argument == name
+
+
+def test_what_another_document_predicts_is_no_difficulty() -> None:
+    """In a packed row, the end of one document predicts the first label of the next; nobody else will."""
+    docs = {1: [Token(5, 5, 1.0), Token(6, 6, 1.0)], 2: [Token(7, 7, 1.0), Token(8, 8, 1.0)]}
+    gate = ReGate(reference_of(docs))
+    batch = packed(docs, per_row=2)
+    counted = torch.tensor([[False, True, True, True]])
+    gate.select(batch)
+    gate.observe(batch, SimpleNamespace(token_loss=torch.full((1, 4), 3.0), counted=counted))
+    assert gate.difficulty.ema.isnan().tolist() == [True, False, True, False]

@@ -16,6 +16,7 @@ from torch import fx
 
 from regate_fx.passes.axes import Axes, Cut, Token, has_token
 from regate_fx.passes.base import PassContext, PassResult, Refused, fake, fake_mode_of, operator_name
+from regate_fx.passes.contractions import operands_of, with_operand, zeroed
 from regate_fx.passes.emit import Emitter
 from regate_fx.passes.layers import DecoderStack, Layer
 from regate_fx.passes.plan_nodes import PlanNodes
@@ -108,16 +109,18 @@ class _Reference:
             axes = op.axes("self")
             for dim, factors in enumerate(axes.dims):
                 if factors == (Token.S,) and dim in _reduced(op, axes):
-                    self._fill(node, op["self"], axes, dim, name)
-        elif name in ("aten.matmul", "aten.bmm", "aten.baddbmm"):
-            right = node.args[2 if name == "aten.baddbmm" else 1]
-            assert isinstance(right, fx.Node)
-            axes = op.axes(right)
-            if axes.dims[-2] == (Token.S,):
-                self._fill(node, right, axes, len(axes) - 2, "aten.sum")
+                    node.replace_input_with(op["self"], self._filled(op["self"], axes, dim, name))
+        else:
+            for factor in zeroed(op):
+                value = operands_of(node, node.args)[factor.place]
+                filled = self._filled(value, factor.axes, factor.dim, "aten.sum")
+                node.args = tuple(with_operand(node, node.args, factor.place, filled))
 
-    def _fill(self, node: fx.Node, value: fx.Node, axes: Axes, dim: int, name: str) -> None:
-        """Fill elided keys. An elided query sees what it saw before: its row is dropped, but must stay finite."""
+    def _filled(self, value: fx.Node, axes: Axes, dim: int, name: str) -> fx.Node:
+        """A value with elided keys filled.
+
+        An elided query sees what it saw before: its row is dropped, but must stay finite.
+        """
         batched = Axes(tuple(d if i == dim or Token.B in d else () for i, d in enumerate(axes.dims)))
         visible = self._folded(self.active, batched, dim)
         others = [i for i, d in enumerate(axes.dims) if d == (Token.S,) and i != dim]
@@ -127,8 +130,7 @@ class _Reference:
                 aten.logical_or.default, visible, self._folded(self.elided, rows, others[0])
             )
         filler = torch.finfo(fake(value).dtype).min if MASKABLE.get(name) == "lowest" else 0.0
-        filled = self.emit.call(aten.where.ScalarOther, visible, value, filler)
-        node.replace_input_with(value, filled)
+        return self.emit.call(aten.where.ScalarOther, visible, value, filler)
 
     def _folded(self, grid: fx.Node, axes: Axes, dim: int) -> fx.Node:
         """As `_along`, also where heads are folded into the batch axis: `(B, H)`."""

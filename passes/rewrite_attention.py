@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from regate_fx.passes.axes import Axes, Token
 from regate_fx.passes.base import Refused, fake, operator_name
+from regate_fx.passes.contractions import operands_of, with_operand, zeroed
 from regate_fx.passes.layouts import Layout
 from regate_fx.passes.rules import Operands
 from regate_fx.passes.rules_math import MASKABLE
@@ -85,20 +86,9 @@ def emit_compact(rewriter: Rewriter, node: fx.Node) -> fx.Node:
         for dim in _key_dims(op, axes):
             filler = torch.finfo(fake(args[0]).dtype).min if MASKABLE[name] == "lowest" else 0.0
             filled[0] = _fill(rewriter, filled[0], axes, dim, filler)
-    elif name in _CONTRACTIONS:
-        index = _CONTRACTIONS[name]
-        operand = node.args[index]
-        assert isinstance(operand, fx.Node)
-        axes = op.axes(operand)
-        if axes.dims[-2] == (Token.S,):
-            filled[index] = _fill(rewriter, filled[index], axes, len(axes) - 2, 0.0)
-    elif name == "aten.einsum":
-        filled[1] = _fill_einsum(rewriter, op, list(args[1]))
+    else:
+        filled = _without_empty_keys(rewriter, op, filled)
     return rewriter.emit.call(node.target, *filled, **kwargs)
-
-
-# Matrix products, and which argument is the right-hand matrix [..., keys, d].
-_CONTRACTIONS = {"aten.matmul": 1, "aten.bmm": 1, "aten.mm": 1, "aten.baddbmm": 2, "aten.addmm": 2}
 
 
 def _key_dims(op: Operands, axes: Axes) -> list[int]:
@@ -112,17 +102,13 @@ def _fill(rewriter: Rewriter, value: fx.Node, axes: Axes, dim: int, filler: floa
     return rewriter.emit.call(aten.where.ScalarOther, valid, value, filler)
 
 
-def _fill_einsum(rewriter: Rewriter, op: Operands, tensors: list[fx.Node]) -> list[fx.Node]:
-    inputs, _, output = op["equation"].replace(" ", "").partition("->")
-    for index, subscript in enumerate(inputs.split(",")):
-        operand = op["tensors"][index]
-        axes = op.axes(operand)
-        if axes.sequences > 1:
-            continue  # the values it is contracted with are filled
-        for dim, letter in enumerate(subscript):
-            if letter not in output and axes.dims[dim] == (Token.S,):
-                tensors[index] = _fill(rewriter, tensors[index], axes, dim, 0.0)
-    return tensors
+def _without_empty_keys(rewriter: Rewriter, op: Operands, args: list[Any]) -> list[Any]:
+    """A product's arguments, with zeros where it would sum over empty slots."""
+    for factor in zeroed(op):
+        operand = operands_of(op.node, args)[factor.place]
+        zero = _fill(rewriter, operand, factor.axes, factor.dim, 0.0)
+        args = with_operand(op.node, args, factor.place, zero)
+    return args
 
 
 def _compact_attention(rewriter: Rewriter, op: Operands) -> fx.Node:

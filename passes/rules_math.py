@@ -38,7 +38,7 @@ MASKABLE = {"aten.softmax": "lowest", "aten._softmax": "lowest", "aten.amax": "l
             "aten.sum": "zero"}  # fmt: skip
 
 
-def _reduced_dims(op: Operands, axes: Axes) -> list[int]:
+def reduced_dims(op: Operands, axes: Axes) -> list[int]:
     dims = op._arguments.get("dim", op._arguments.get("dims"))
     if dims is None or dims == []:
         return list(range(len(axes)))
@@ -65,7 +65,7 @@ def _reduce(op: Operands) -> Verdict:
     axes = op.axes("self")
     if "other" in op._arguments:
         return elementwise(op)
-    dims = _reduced_dims(op, axes)
+    dims = reduced_dims(op, axes)
     several = isinstance(fake(op.node), (tuple, list))
     reduced = axes.with_dims(shape_without(axes.dims, dims, bool(op._arguments.get("keepdim", False))))
     kind = kind_of(reduced, axes)
@@ -123,6 +123,8 @@ def _along_dim(op: Operands) -> Verdict:
     operands = [op.axes(node) for node in op.tensors()]
     if any(has_token(axes.dims[dim]) for axes in operands):
         raise op.refuse("mixes-tokens", "indexes along a token axis")
+    if "scatter" in operator_name(op.node):
+        _check_index_covers(op, dim)
     # Outside `dim` these operators read entry for entry, without broadcasting.
     without = [Axes((*a.dims[:dim], (), *a.dims[dim + 1 :])) for a in operands]
     merged = rowwise(op, without)
@@ -131,6 +133,14 @@ def _along_dim(op: Operands) -> Verdict:
     return Verdict(
         merged.axes.with_dims([*merged.axes.dims[:dim], size, *merged.axes.dims[dim + 1 :]]), merged.kind
     )
+
+
+def _check_index_covers(op: Operands, dim: int) -> None:
+    """An index shorter than the tensor written to writes to the first positions or samples only."""
+    written, index = op.axes("self"), op.axes("index")
+    for place, (wanted, given) in enumerate(zip(written.dims, index.dims, strict=False)):
+        if place != dim and has_token(wanted) and given != wanted:
+            raise op.refuse("mixes-tokens", "writes to part of the tokens only")
 
 
 @rule("aten.one_hot")

@@ -9,65 +9,68 @@ from torch import fx
 
 from regate_fx.passes.axes import Axes, Token
 from regate_fx.passes.base import Refused, operator_name
-from regate_fx.passes.layers import DecoderStack
+from regate_fx.passes.contractions import Factor, over_positions
 from regate_fx.passes.rules import Operands
-from regate_fx.passes.rules_math import MASKABLE
+from regate_fx.passes.rules_math import MASKABLE, reduced_dims
 from regate_fx.passes.token_axes import TokenAxes
+from regate_fx.passes.token_content import MOVES, TokenContent, order_after
 
-_PRODUCTS = {"aten.matmul", "aten.bmm", "aten.mm", "aten.baddbmm", "aten.addmm"}
+# Attention by one operator; its scores are its own.
+_ATTENTION = "aten.scaled_dot_product_attention"
+# Reductions that leave the axis of keys in place, so that what is summed over it is still to be seen.
+_NORMALISING = {"aten.softmax", "aten._softmax"}
 
 
-def why_no_attention(nodes: tuple[fx.Node, ...], stack: DecoderStack, analysis: TokenAxes) -> Refused | None:
+def why_no_attention(
+    nodes: tuple[fx.Node, ...], analysis: TokenAxes, content: TokenContent
+) -> Refused | None:
     """A group of pair operators must be an attention.
 
-    It sums over keys with weights that depend on the (query, key) pair's content, and what leaves it are rows of
-    tokens again, with both token axes.
+    It sums over keys with weights that depend on the (query, key) pair's content, what it sums over are tokens, and
+    what leaves it are rows of tokens again, with both token axes.
     """
     members = set(nodes)
     for node in nodes:
-        if _sums_without_pairs(node, stack, analysis):
-            reason = f"{operator_name(node)} sums over positions with weights that are no attention"
-            return Refused("mixes-tokens", reason, node)
+        name = operator_name(node)
+        if (reason := _why_no_sum_over_keys(node, analysis, content)) is not None:
+            return Refused("mixes-tokens", f"{name} {reason}", node)
         if _reduces_queries(node, analysis):
-            return Refused(
-                "mixes-tokens", f"{operator_name(node)} sums over queries, or takes them for keys", node
-            )
+            return Refused("mixes-tokens", f"{name} sums over queries, or takes them for keys", node)
         leaves = any(user not in members for user in node.users)
         axes = analysis.axes[node]
         if leaves and (not isinstance(axes, Axes) or axes.sequences != 1):
-            return Refused(
-                "attention-shape", f"{operator_name(node)} hands on values over pairs of positions", node
-            )
+            return Refused("attention-shape", f"{name} hands on values over pairs of positions", node)
     return None
 
 
-def _sums_without_pairs(node: fx.Node, stack: DecoderStack, analysis: TokenAxes) -> bool:
-    """Whether a product contracts positions although no operand holds one number per pair made from content."""
-    contracted = _contracted(node, analysis)
-    if not contracted:
-        return False
-    return not any(
-        source in stack.content and axes.sequences == 2 and _last_sequence(axes) == dim
-        for source, axes, dim in contracted
-    )
-
-
-def _contracted(node: fx.Node, analysis: TokenAxes) -> list[tuple[fx.Node, Axes, int]]:
-    """Operands of a product, each with the sequence dimension that it is summed over."""
+def _why_no_sum_over_keys(node: fx.Node, analysis: TokenAxes, content: TokenContent) -> str | None:
+    """Why a reduction or product over a sequence axis is not one over the keys of an attention."""
     name = operator_name(node)
-    if name in _PRODUCTS:
-        sides = zip(node.args[-2:], (-1, -2), strict=True)
-        found = [(source, analysis.of(source), len(analysis.of(source)) + dim) for source, dim in sides]
-        return [entry for entry in found if entry[1].dims[entry[2]] == (Token.S,)]
-    if name != "aten.einsum":
-        return []
-    inputs, _, output = str(node.args[0]).replace(" ", "").partition("->")
-    operands = zip(inputs.split(","), node.args[1], strict=True)
+    op = Operands(node, analysis.axes, analysis.symbols)
+    if name == _ATTENTION:
+        sides = ("key", "value")
+        if not all(content.varies(op[side], op.axes(side), len(op.axes(side)) - 2) for side in sides):
+            return _NO_TOKENS
+        return None
+    for factors in _summed_together(op):
+        weights = [f for f in factors if f.source in content.scored and f.dim == _last_sequence(f.axes)]
+        if not weights:
+            return "sums over positions with weights that are no attention"
+        if name not in _NORMALISING and not any(content.varies(f.source, f.axes, f.dim) for f in factors):
+            return _NO_TOKENS
+    return None
+
+
+_NO_TOKENS = "attends to rows that do not vary with the tokens"
+
+
+def _summed_together(op: Operands) -> list[list[Factor]]:
+    """For each sequence axis that an operator reduces or sums over: the operands with that axis."""
+    if operator_name(op.node) not in MASKABLE:
+        return over_positions(op)
+    axes = op.axes("self")
     return [
-        (source, analysis.of(source), dim)
-        for subscript, source in operands
-        for dim, letter in enumerate(subscript)
-        if letter not in output and analysis.of(source).dims[dim] == (Token.S,)
+        [Factor(op["self"], axes, dim, 0)] for dim in reduced_dims(op, axes) if axes.dims[dim] == (Token.S,)
     ]
 
 
@@ -83,24 +86,12 @@ def _reduces_queries(node: fx.Node, analysis: TokenAxes) -> bool:
         return False
     if axes.sequences != 2:
         return False
-    if name in ("aten.permute", "aten.transpose", "aten.t", "aten.mT"):
-        return _order_changes(node, axes, analysis)
+    op = Operands(node, analysis.axes, analysis.symbols)
+    if name in MOVES:
+        order = order_after(op, axes)
+        places = [order.index(dim) for dim, factors in enumerate(axes.dims) if Token.S in factors]
+        return places != sorted(places)
     if name not in MASKABLE:
         return False
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    listed = dims if isinstance(dims, (list, tuple)) else [dims]
-    reduced = [dim % len(axes) for dim in listed if isinstance(dim, int)]
+    reduced = reduced_dims(op, axes)
     return any(axes.dims[dim] == (Token.S,) and dim != _last_sequence(axes) for dim in reduced)
-
-
-def _order_changes(node: fx.Node, axes: Axes, analysis: TokenAxes) -> bool:
-    """Whether moving dimensions puts the last sequence axis before the first."""
-    op = Operands(node, analysis.axes, analysis.symbols)
-    order = list(range(len(axes)))
-    if operator_name(node) == "aten.permute":
-        order = [dim % len(axes) for dim in op["dims"]]
-    else:
-        first, second = (op["dim0"], op["dim1"]) if operator_name(node) == "aten.transpose" else (-2, -1)
-        order[first], order[second] = order[second], order[first]
-    places = [order.index(dim) for dim, factors in enumerate(axes.dims) if Token.S in factors]
-    return places != sorted(places)

@@ -17,6 +17,7 @@ from regate_fx.passes.pair_groups import why_no_attention
 from regate_fx.passes.rewrite_attention import autocast_dtype
 from regate_fx.passes.rules import Kind, Operands
 from regate_fx.passes.token_axes import TokenAxes
+from regate_fx.passes.token_content import TokenContent, token_content
 
 
 @dataclass
@@ -49,8 +50,9 @@ class Place:
         analysis: TokenAxes = ctx.findings["token_axes"]
         stack: DecoderStack = ctx.findings["layers"]
         _refuse_mixed_sums(stack, analysis)
+        content = token_content(gm.graph.nodes, stack, analysis)
         for layer in stack.layers:
-            layer.refused = _why_not(layer, stack, analysis)
+            layer.refused = _why_not(layer, stack, analysis, content)
         placement = _Placer(gm, stack, analysis, ctx.findings["masks"]).place()
         ctx.findings["placement"] = placement
         refusals = tuple(
@@ -59,15 +61,13 @@ class Place:
         return PassResult(gm, len(placement.layouts), refusals)
 
 
-def _why_not(layer: Layer, stack: DecoderStack, analysis: TokenAxes) -> Refused | None:
+def _why_not(layer: Layer, stack: DecoderStack, analysis: TokenAxes, content: TokenContent) -> Refused | None:
     """The first reason, in graph order, why a layer cannot be gated."""
     for node, refused in analysis.unproven.items():
         if stack.segment.get(node) == layer.index:
             return refused
     for attention in layer.attentions:
-        if attention.kernel:
-            continue
-        if (reason := why_no_attention(attention.nodes, stack, analysis)) is not None:
+        if (reason := why_no_attention(attention.nodes, analysis, content)) is not None:
             return reason
     return None
 

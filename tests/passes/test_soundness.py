@@ -16,8 +16,10 @@ from gating import (
     assert_all_active_is_eager,
     assert_elided_ids_do_not_matter,
     assert_is_key_masked,
+    assert_same_step,
     gate,
     refusal_of,
+    step,
 )
 from small_decoder import Block, D, H, batch, decoder, heads, hide, sequence_first_attention, some_active
 from torch import Tensor
@@ -107,6 +109,45 @@ def by_einsum(b: Block, x: Tensor, m: Any) -> Tensor:
     return torch.einsum("bqk,bkd->bqd", scores.softmax(-1), x)
 
 
+def additive_scores(b: Block, x: Tensor, m: Any) -> Tensor:
+    """Scores by a sum over features of broadcast queries and keys."""
+    scores = ((x[:, :, None] + x[:, None]).tanh() * b.scale).sum(-1)
+    return hide(scores, m).softmax(-1) @ x
+
+
+def sum_of_weighted_pairs(b: Block, x: Tensor, m: Any) -> Tensor:
+    """The weighted sum of values, written as a product of pairs and a sum."""
+    return (hide(x @ x.mT, m).softmax(-1)[..., None] * x[:, None]).sum(2)
+
+
+def relative_keys(b: Block, x: Tensor, m: Any) -> Tensor:
+    """A learned key for every distance, beside the keys that tokens have."""
+    i = torch.arange(x.shape[1])
+    distances = F.embedding((i[:, None] - i).clamp(-5, 5) + 5, b.table)
+    scores = (x[:, :, None] * distances).sum(-1) + x @ x.mT
+    return hide(scores, m).softmax(-1) @ x
+
+
+def sigmoid_by_einsum(b: Block, x: Tensor, m: Any) -> Tensor:
+    return torch.einsum("bqk,bkd->bqd", hide(x @ x.mT, m).sigmoid(), x)
+
+
+def two_hops(b: Block, x: Tensor, m: Any) -> Tensor:
+    """What the attended attend to; weights without softmax are nowhere zero by themselves."""
+    weights = hide(x @ x.mT, m).sigmoid()
+    return weights @ weights @ x
+
+
+def two_hops_by_einsum(b: Block, x: Tensor, m: Any) -> Tensor:
+    weights = hide(x @ x.mT, m).sigmoid()
+    return torch.einsum("bqk,bkj,bjd->bqd", weights, weights, x)
+
+
+def rows_written_to(b: Block, x: Tensor, m: Any) -> Tensor:
+    """Each token writes to one feature of its own."""
+    return x.scatter(2, x.argmax(2, keepdim=True), 3.0)
+
+
 def table_as_keys(b: Block, x: Tensor, m: Any) -> Tensor:
     """Scores against a learned row per key position."""
     return hide(x @ b.table[: x.shape[1]].T, m).softmax(-1) @ x
@@ -142,8 +183,9 @@ def residual_scores(b: Block, x: Tensor, m: Any) -> Tensor:
 
 GATED: tuple[Extra, ...] = (
     sequence_first, sequence_first_attention, row_numbers, alibi, relative_bias, learned_mask, in_place_mask,
-    token_pair_condition, distances, without_softmax, by_logsumexp, by_amax, with_sink, by_einsum, table_as_keys,
-    heads_attend, per_sample, repeated_tokens, half_tokens, residual_scores,
+    token_pair_condition, distances, without_softmax, by_logsumexp, by_amax, with_sink, by_einsum, additive_scores,
+    sum_of_weighted_pairs, relative_keys, sigmoid_by_einsum, two_hops, two_hops_by_einsum, rows_written_to,
+    table_as_keys, heads_attend, per_sample, repeated_tokens, half_tokens, residual_scores,
 )  # fmt: skip
 EITHER: tuple[Extra, ...] = (embedded_row_numbers, looked_up_row_numbers, cut_table_as_keys)
 
@@ -232,6 +274,84 @@ def spatial_gate(b: Block, x: Tensor, m: Any) -> Tensor:
     return x * (b.table[: x.shape[1]] @ b.table[: x.shape[1]].T @ x)
 
 
+def triangle(x: Tensor) -> Tensor:
+    """Which position comes no later than which; bool [1, S, S, 1]."""
+    i = torch.arange(x.shape[1])
+    return (i[:, None] >= i)[None, :, :, None]
+
+
+def shift_by_pairs(b: Block, x: Tensor, m: Any) -> Tensor:
+    i = torch.arange(x.shape[1])
+    return ((i[:, None] == i + 1)[None, :, :, None] * x[:, None]).sum(2)
+
+
+def causal_mean(b: Block, x: Tensor, m: Any) -> Tensor:
+    return (triangle(x) * x[:, None]).sum(2) / (torch.arange(x.shape[1]) + 1)[:, None]
+
+
+def causal_maximum(b: Block, x: Tensor, m: Any) -> Tensor:
+    return torch.where(triangle(x), x[:, None], -1e9).amax(2)
+
+
+def sum_of_repeated(b: Block, x: Tensor, m: Any) -> Tensor:
+    B, S, _ = x.shape
+    return x.unsqueeze(2).expand(B, S, S, D).sum(2) / 10
+
+
+def learned_pattern(b: Block, x: Tensor, m: Any) -> Tensor:
+    """[1, S, S, 1], one weight for each pair of positions."""
+    rows = b.table[: x.shape[1]]
+    return (rows @ rows.T)[None, :, :, None] * triangle(x)
+
+
+def spatial_gate_by_sum(b: Block, x: Tensor, m: Any) -> Tensor:
+    return (learned_pattern(b, x, m) * x[:, None]).sum(2)
+
+
+def spatial_gate_times_query(b: Block, x: Tensor, m: Any) -> Tensor:
+    """Weights that depend on the query and on the positions, not on the pair's content."""
+    return (x[:, :, None, :1] * learned_pattern(b, x, m) * x[:, None]).sum(2)
+
+
+def spatial_gate_of_keys(b: Block, x: Tensor, m: Any) -> Tensor:
+    """A sum over features makes no scores of weights that are the same for every query but for its position."""
+    return (learned_pattern(b, x, m) * x[:, None]).sum(-1) @ x
+
+
+def spatial_gate_of_queries(b: Block, x: Tensor, m: Any) -> Tensor:
+    return (learned_pattern(b, x, m) * x[:, :, None]).sum(-1) @ x
+
+
+def spatial_gate_of_positions(b: Block, x: Tensor, m: Any) -> Tensor:
+    """Embedded positions are looked up like tokens, and are the same for any of them."""
+    rows = F.embedding(torch.arange(x.shape[1]), b.table)
+    return (rows @ rows.T).softmax(-1) @ x
+
+
+def memory_slots(b: Block, x: Tensor, m: Any) -> Tensor:
+    """As many rows of a table as there are positions, which they have nothing to do with."""
+    rows = b.table[: x.shape[1]]
+    return (x @ rows.T).softmax(-1) @ rows
+
+
+def as_wide_as_long(b: Block, x: Tensor, m: Any) -> Tensor:
+    rows = b.table[: x.shape[1]]
+    return F.relu(x @ rows.T) @ rows
+
+
+def attention_to_memory_slots(b: Block, x: Tensor, m: Any) -> Tensor:
+    rows = b.table[: x.shape[1]].expand(x.shape[0], 1, x.shape[1], D)
+    return F.scaled_dot_product_attention(x[:, None], rows, rows)[:, 0]
+
+
+def writes_to_first_position(b: Block, x: Tensor, m: Any) -> Tensor:
+    return x.scatter(2, torch.zeros(x.shape[0], 1, 1, dtype=torch.int64), 3.0)
+
+
+def writes_to_first_sample(b: Block, x: Tensor, m: Any) -> Tensor:
+    return x.scatter(2, torch.zeros(1, x.shape[1], 1, dtype=torch.int64), 3.0)
+
+
 MIXING: dict[Extra, str] = {
     convolution: "aten.conv1d|aten.pad",
     running_sum: "aten.cumsum",
@@ -249,7 +369,21 @@ MIXING: dict[Extra, str] = {
     chosen_rows: "aten.index",
     deviation_over_keys: "aten.std",
     softmax_over_queries: "aten.softmax",
-    spatial_gate: "aten.matmul",
+    spatial_gate: "aten.matmul sums over positions with weights that are no attention",
+    shift_by_pairs: "aten.sum sums over positions with weights that are no attention",
+    causal_mean: "aten.sum sums over positions with weights that are no attention",
+    causal_maximum: "aten.amax sums over positions with weights that are no attention",
+    sum_of_repeated: "aten.sum sums over positions with weights that are no attention",
+    spatial_gate_by_sum: "aten.sum sums over positions with weights that are no attention",
+    spatial_gate_times_query: "aten.sum sums over positions with weights that are no attention",
+    spatial_gate_of_keys: "aten.matmul sums over positions with weights that are no attention",
+    spatial_gate_of_queries: "aten.matmul sums over positions with weights that are no attention",
+    spatial_gate_of_positions: "aten.softmax sums over positions with weights that are no attention",
+    memory_slots: "aten.matmul attends to rows that do not vary with the tokens",
+    as_wide_as_long: "aten.matmul attends to rows that do not vary with the tokens",
+    attention_to_memory_slots: "attention attends to rows that do not vary with the tokens",
+    writes_to_first_position: "aten.scatter writes to part of the tokens only",
+    writes_to_first_sample: "aten.scatter writes to part of the tokens only",
 }
 
 
@@ -265,6 +399,32 @@ def test_what_mixes_tokens_is_never_gated(extra: Extra) -> None:
     dense = [layer.reason for layer in gated.report.layers if layer.kind == "dense"]
     assert dense
     assert all(re.search(MIXING[extra], reason) for reason in dense)
+
+
+IN_ONE_SAMPLE: tuple[Extra, ...] = (memory_slots, as_wide_as_long, writes_to_first_position)
+
+
+@pytest.mark.parametrize("extra", IN_ONE_SAMPLE, ids=lambda extra: extra.__name__)
+def test_what_mixes_tokens_is_not_gated_in_a_single_sample(extra: Extra) -> None:
+    """Without a batch axis a table of S rows has the very axes of the states."""
+    model = decoder(extra, layers=1)
+    gated = gate(model)
+    refusal = refusal_of(gated, model, batch(1))
+    reasons = refusal or " ".join(layer.reason for layer in gated.report.layers if layer.kind == "dense")
+    assert re.search(MIXING[extra], reasons)
+
+
+BY_PRODUCTS: tuple[Extra, ...] = (by_einsum, sigmoid_by_einsum, two_hops, two_hops_by_einsum)
+
+
+@pytest.mark.parametrize("extra", BY_PRODUCTS, ids=lambda extra: extra.__name__)
+def test_the_dense_reference_hides_elided_keys(extra: Extra) -> None:
+    model = decoder(extra, layers=1)
+    reference, gated = gate(model, reference=True), gate(model)
+    inputs, active = batch(3), some_active(3)
+    seen = step(reference, **inputs, token_mask=active)
+    assert_same_step(seen, step(gated, **inputs, token_mask=active))
+    assert_is_key_masked(gated, model, inputs, active)
 
 
 @pytest.mark.parametrize("extra", EITHER, ids=lambda extra: extra.__name__)

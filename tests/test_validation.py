@@ -11,6 +11,7 @@ import regate_fx
 from regate_fx.errors import ValidationFailed
 from regate_fx.passes import masks, rewrite_loss
 from regate_fx.passes.masks import MaskProof
+from regate_fx.validation import _half
 
 
 def test_a_wrong_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,3 +100,30 @@ def test_the_dense_reference_gives_the_gated_step(name: str) -> None:
     total = sum(float(g.norm()) ** 2 for g in steps[1][1].values()) ** 0.5
     for key, gradient in steps[0][1].items():
         assert float((gradient - steps[1][1][key]).norm()) < 1e-5 * total, key
+
+
+@pytest.mark.parametrize("S", [*range(1, 40), 64, 127, 128, 300])
+def test_half_of_the_positions_is_no_pattern_that_hides_an_error(S: int) -> None:
+    present = torch.ones(2, S, dtype=torch.bool)
+    kept = _half(present)
+    assert torch.equal(kept, _half(present))
+    assert bool(kept[:, 0].all())
+    is_prefix = kept.sum(1) == kept.long().cumprod(1).sum(1)
+    assert not (S >= 3 and bool(is_prefix.any()))
+    assert not (S >= 4 and int(kept[0].sum()) == int(kept[1].sum()))
+    assert abs(int(kept.sum()) - S) <= 2
+    if S >= 64:  # as many runs as a draw has, not a period
+        assert S / 4 < int((kept[:, 1:] != kept[:, :-1]).sum(1).min()) < 3 * S / 4
+        assert not torch.equal(kept[0], kept[1])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_half_of_the_positions_leaves_padding_out(side: str) -> None:
+    lengths = torch.tensor([[3], [9], [1], [0]])
+    present = torch.arange(9) < lengths
+    present = present.flip(1) if side == "left" else present
+    kept = _half(present)
+    assert not bool((kept & ~present).any())
+    assert kept.sum(1).tolist() == [2, 3, 1, 0]
+    starts = present & (present.cumsum(1) == 1)
+    assert bool(kept[starts].all())

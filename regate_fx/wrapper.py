@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from regate_fx.errors import Bypassed, InvalidInput, Unsupported
 from regate_fx.inputs import bind, check_call, gated_signature, own_signature
 from regate_fx.plan import TokenPlan
+
+logger = logging.getLogger("regate_fx")
 
 
 class Engine(Protocol):
@@ -82,6 +85,7 @@ class _Gating:
     override: Callable[..., Any] | None = None
     base: Gated | None = None
     entered: int = 0
+    is_warned: bool = False
 
 
 class _Forward:
@@ -137,6 +141,11 @@ class Gated(nn.Module):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # `type(gated).from_pretrained(...)` builds the user's model, not a gated one without an engine.
         return cls._own_class(*args, **kwargs)
+
+    @torch._dynamo.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # A compiled caller leaves the gated model alone: it has a capture of its own.
+        return super().__call__(*args, **kwargs)
 
     @property
     def report(self) -> Any:
@@ -281,6 +290,7 @@ def _forward_function(own_class: type[nn.Module], signature: Signature) -> Calla
         if sample_id is not None:
             _check_sample_id(gating.gate, token_mask)
         if token_mask is not None:
+            _warn_of_count(gating, kwargs)
             return _as_asked(*_gated_call(self, args, kwargs, token_mask))
         trains = self.training and (sample_id is not None or _labelled(signature, args, kwargs))
         if gating.gate is None or not trains:
@@ -295,6 +305,18 @@ def _forward_function(own_class: type[nn.Module], signature: Signature) -> Calla
     forward.__module__ = own_class.__module__
     forward.__qualname__ = f"{own_class.__qualname__}.forward"
     return forward
+
+
+def _warn_of_count(gating: _Gating, kwargs: dict[str, Any]) -> None:
+    """Say once what a number of labels has to count. Whether it does is known only after every batch of the step."""
+    if kwargs.get("num_items_in_batch") is None or gating.is_warned:
+        return
+    gating.is_warned = True
+    logger.warning(
+        "num_items_in_batch with token_mask has to be the number of counted labels (out.counted) of the optimizer "
+        "step; if it is that of all labels, the loss shrinks with the share of tokens kept. Trainer passes the "
+        "number of all labels; with trainer.model_accepts_loss_kwargs = False it passes none."
+    )
 
 
 def _check_sample_id(gate: Gate | None, token_mask: Any) -> None:

@@ -35,7 +35,7 @@ from regate_fx.sharded import Sharding, find_sharding
 from regate_fx.single_position import lengthen, shorten
 from regate_fx.summary import batch_tokens, fuller, summarise
 from regate_fx.symbols import BY_POSITION, mark_sizes
-from regate_fx.validation import VALIDATED, is_random, undisturbed, validate
+from regate_fx.validation import NOT_RUN, NOT_VALIDATED, SHARDED, VALIDATED, is_random, undisturbed, validate
 from regate_fx.wrapper import original_forward
 
 logger = logging.getLogger("regate_fx")
@@ -69,6 +69,10 @@ class GatedEngine:
 
     def __post_init__(self) -> None:
         self.validation: str | None = None
+        self._checked_runs: list[PipelineRun] = []
+        self._told: set[str] = set()
+        self._weakest = VALIDATED
+        self._is_apart = self._is_checking = False
         self._last: tuple[TokenPlan, Tensor | None] | None = None
         self._live = LivePlan()
         self._sharding: Sharding | None = None
@@ -79,10 +83,9 @@ class GatedEngine:
         """Forget all captures. whole: expect the model in one graph; else look for the plan in every part of it."""
         self._whole = whole
         passes = REFERENCE if self.options.reference else PIPELINE
-        referable = self.options.validate and not self.options.reference
         layerwise = self.options.scope == "layers" and not self.options.reference
         self._backend = GatingBackend(
-            self.options.backend, passes, whole=whole, referable=referable, layerwise=layerwise
+            self.options.backend, passes, whole=whole, referable=self._is_checking, layerwise=layerwise
         )
         self._graphs: list[PipelineRun] = []
         self._runs: dict[frozenset[str], Callable[..., Any]] = {}
@@ -141,32 +144,97 @@ class GatedEngine:
     def __call__(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
         """One gated call.
 
-        Raises `NotGateable` where no layer can be gated, and at the first call that could train the model
-        `ValidationFailed` where the compiled graph disagrees with it.
+        Raises `NotGateable` where no layer can be gated, and at the calls that could train the model and run a trace
+        for the first time `ValidationFailed` where the compiled graph disagrees with it.
         """
         if plan.row_of.shape[1] == 1:
-            return shorten(self(*lengthen(plan, inputs, BY_POSITION)))
-        trains = torch.is_grad_enabled() and inputs.get("labels") is not None
-        checked = self.options.validate and not self.options.reference
-        self._find_sharding()
-        if checked and self.validation is None and trains:
-            self.validation = self._validate(inputs)
-            self._backend.referable = False
-            if self.validation != VALIDATED:
-                logger.warning("%s", self.validation)
-        return self._gated(plan, inputs)
+            return shorten(self._once_long(*lengthen(plan, inputs, BY_POSITION)))
+        return self._once_long(plan, inputs, is_long=True)
 
-    def _validate(self, inputs: dict[str, Any]) -> str:
+    def _once_long(self, plan: TokenPlan, inputs: dict[str, Any], is_long: bool = False) -> GatedOutput:
+        self._find_sharding()
+        if not self._may_check(inputs):
+            return self._gated(plan, inputs)
+        with self._checking():
+            # A single position rarely has a label to compare; its trace is validated when a longer batch runs it.
+            if self._is_validated and not is_long:
+                return self._gated(plan, inputs)
+            return self._checked(plan, inputs)
+
+    def _may_check(self, inputs: dict[str, Any]) -> bool:
+        asked = self.options.validate and not self.options.reference
+        can = self._sharding is None or self.validation is None
+        return asked and can and torch.is_grad_enabled() and inputs.get("labels") is not None
+
+    @contextlib.contextmanager
+    def _checking(self) -> Iterator[None]:
+        """While active, what is captured keeps what its dense reference takes."""
+        self._is_checking = self._backend.referable = True
+        try:
+            yield
+        finally:
+            self._is_checking = self._backend.referable = False
+
+    def _checked(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
+        """A gated call that hands out no result of a trace before it was validated, where that can be done."""
+        tries = not self._is_validated
+        if tries:
+            self._validate(inputs)
+        output = self._gated(plan, inputs)
+        last, ran = self._last, list(self._backend.captures.ran)
+        # The first batch may run another trace than its small part: one that is made for a size of one, say.
+        if self._unchecked(ran) and not (tries and (self._is_apart or not self._is_validated)):
+            self._validate(inputs, own=plan.row_of >= 0)
+            self._last = last
+        if self._is_validated:
+            unchecked = self._unchecked(ran)
+            if unchecked and not self._is_apart:
+                self._weakest = self._weakest.removesuffix(NOT_RUN) + NOT_RUN
+                self._tell(self._weakest)
+            self._checked_runs += unchecked
+        return output
+
+    @property
+    def _is_validated(self) -> bool:
+        return self.validation is not None and not self.validation.startswith(NOT_VALIDATED)
+
+    def _unchecked(self, ran: list[PipelineRun]) -> list[PipelineRun]:
+        return [run for run in ran if all(run is not checked for checked in self._checked_runs)]
+
+    def _tell(self, outcome: str) -> None:
+        self.validation = outcome
+        if outcome != VALIDATED and outcome not in self._told:
+            self._told.add(outcome)
+            logger.warning("%s", outcome)
+
+    def _validate(self, inputs: dict[str, Any], own: Tensor | None = None) -> None:
         """Compare with the untouched model; in eval mode, on a capture of its own, where training mode is random."""
         if self._sharding is not None:
-            return "not validated: the parameters are sharded; call the gated model once before fully_shard"
+            self._tell(SHARDED)
+            return
         gated = self
+        ran: list[PipelineRun] = []
+
+        def noting(plan: TokenPlan, batch: dict[str, Any]) -> GatedOutput:
+            output = gated._gated(plan, batch)
+            ran.extend(gated._backend.captures.ran)
+            return output
+
         with contextlib.ExitStack() as stack:
-            if is_random(self.model, inputs, self._untouched):
+            self._is_apart = is_random(self.model, inputs, self._untouched)
+            if self._is_apart:
                 stack.enter_context(evaluating(self.model))
                 gated = GatedEngine(self.model, replace(self.options, backend="eager", keep_logits=False))
                 gated._has_run = self._has_run
-            return validate(self.model, inputs, gated._gated, self._untouched, gated._dense_reference)
+                stack.enter_context(gated._checking())
+            outcome = validate(self.model, inputs, noting, self._untouched, gated._dense_reference, own)
+        if outcome.startswith(NOT_VALIDATED):
+            self._tell(outcome)
+            return
+        self._checked_runs += self._unchecked(ran)
+        if outcome != VALIDATED:
+            self._weakest = outcome
+        self._tell(self._weakest)
 
     def _find_sharding(self) -> None:
         self._sharding = find_sharding(self.model, self._sharding)
@@ -186,8 +254,9 @@ class GatedEngine:
                 return None
 
     def _untouched(self, plan: TokenPlan, inputs: dict[str, Any]) -> Any:
+        output = original_forward(self.model)(**(inputs | self._no_cache))
         self._has_run = True
-        return original_forward(self.model)(**(inputs | self._no_cache))
+        return output
 
     def _gated(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
         try:
@@ -198,6 +267,7 @@ class GatedEngine:
             # With sharded layers no code outside the graph may run: it would meet stand-ins of their parameters.
             if not self._whole or self._sharding is not None or not self._may_break(error):
                 raise _as_refusal(error) from error
+        started = self._whole, self._backend, self._graphs, self._runs
         if not self._has_run:
             # What a model does in its first run only, hooks it installs and tables it fills, breaks no later capture.
             with undisturbed(self.model), torch.no_grad():
@@ -205,7 +275,12 @@ class GatedEngine:
             self._start(whole=True)
         else:
             self._start(whole=False)
-        return self._gated(plan, inputs)
+        try:
+            return self._gated(plan, inputs)
+        except BaseException:
+            # The call was wrong, not the capture: the next good one finds it as it was.
+            self._whole, self._backend, self._graphs, self._runs = started
+            raise
 
     def _may_break(self, error: Exception) -> bool:
         """Whether several graphs may succeed where one did not: there was none, or it reads numbers from tensors."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from key_masked_engine import batch, gradients
 from small_models import build
+from torch._dynamo.utils import counters
 
 import regate_fx
+from regate_fx import capture
 from regate_fx.errors import ValidationFailed
 from regate_fx.passes import masks, rewrite_loss
 from regate_fx.passes.masks import MaskProof
-from regate_fx.validation import _half
+from regate_fx.validation import VALIDATED, _half, validate
 
 
 def test_a_wrong_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,3 +131,174 @@ def test_half_of_the_positions_leaves_padding_out(side: str) -> None:
     assert kept.sum(1).tolist() == [2, 3, 1, 0]
     starts = present & (present.cumsum(1) == 1)
     assert bool(kept[starts].all())
+
+
+@pytest.fixture
+def validations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The outcome of each validation of the test."""
+    outcomes: list[str] = []
+
+    def counted(*args: Any) -> str:
+        outcomes.append(validate(*args))
+        return outcomes[-1]
+
+    monkeypatch.setattr(capture, "validate", counted)
+    return outcomes
+
+
+def break_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every later capture wrong."""
+    monkeypatch.setattr(masks, "_proof", lambda op, forms: MaskProof(causal=False))
+
+
+def unlabelled(inputs: dict[str, Any]) -> dict[str, Any]:
+    return inputs | {"labels": torch.full_like(inputs["labels"], -100)}
+
+
+def single_position(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value[:, :1] for name, value in inputs.items()} | {"token_mask": torch.ones(2, 1).bool()}
+
+
+@pytest.mark.parametrize("first", [unlabelled, single_position])
+def test_validation_waits_for_a_batch_with_labels(
+    first: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    break_masks(monkeypatch)
+    gated = regate_fx.compile(build("llama"), backend="eager")
+    for _ in range(2):
+        gated(**first(batch()))
+    assert caplog.text.count("not validated") == 1
+    with pytest.raises(ValidationFailed):
+        gated(**batch())
+
+
+def test_validation_waits_for_a_batch_that_is_small_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regate_fx.validation._WHOLE_BATCH", 20)
+    break_masks(monkeypatch)
+    gated = regate_fx.compile(build("llama"), backend="eager")
+    small = batch() | {"position_ids": torch.arange(9)[None]}  # cannot be cut by sample
+    large = {key: value if key == "position_ids" else value.repeat(2, 1) for key, value in small.items()}
+    gated(**large)
+    assert gated.report.validation.startswith("not validated: the batch is large")
+    with pytest.raises(ValidationFailed):
+        gated(**small)
+
+
+def one_sample(gated: Any) -> dict[str, Any]:
+    return {name: value[:1] for name, value in batch().items()}
+
+
+def another_argument(gated: Any) -> dict[str, Any]:
+    return batch() | {"attention_mask": torch.ones(2, 9).long(), "position_ids": torch.arange(9).expand(2, 9)}
+
+
+def another_mode(gated: Any) -> dict[str, Any]:
+    gated.eval()
+    return batch()
+
+
+@pytest.mark.parametrize("change", [one_sample, another_argument, another_mode])
+def test_a_later_trace_is_validated_before_its_result_is_handed_out(
+    change: Any, monkeypatch: pytest.MonkeyPatch, validations: list[str]
+) -> None:
+    gated = regate_fx.compile(build("llama"), backend="eager")
+    gated(**batch())
+    gated(**batch(seed=1))
+    assert validations == [VALIDATED]
+    with monkeypatch.context() as patched:
+        break_masks(patched)
+        inputs = change(gated)
+        for _ in range(2):
+            with pytest.raises(ValidationFailed):
+                gated(**inputs)
+    assert validations == [VALIDATED]
+
+
+def test_a_trace_is_validated_once(validations: list[str]) -> None:
+    gated = regate_fx.compile(build("llama"), backend="eager")
+    for inputs in (batch(), one_sample(gated), batch(seed=1), one_sample(gated)):
+        gated(**inputs).loss.backward()
+    assert validations == [VALIDATED] * 2
+    assert gated.report.validation == VALIDATED
+
+
+def one_active_position_each(B: int) -> dict[str, Any]:
+    ids = torch.arange(3, 3 + 9 * B).view(B, 9)
+    mask = torch.zeros(B, 9, dtype=torch.bool)
+    mask[:, 3] = True
+    return {"input_ids": ids, "labels": ids, "token_mask": mask}
+
+
+def test_a_trace_made_for_a_size_of_one_is_validated_on_the_batch_itself(validations: list[str]) -> None:
+    gated = regate_fx.compile(build("llama"), backend="eager")
+    gated(**one_active_position_each(3))
+    gated(**one_active_position_each(4))
+    assert validations == [VALIDATED] * 2
+    assert gated.report.validation == VALIDATED
+
+
+def test_a_trace_that_the_small_batch_does_not_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regate_fx.validation._SAMPLES", 1)
+    gated = regate_fx.compile(build("llama"), backend="eager")
+    gated(**batch())
+    assert (
+        gated.report.validation == f"{VALIDATED}; not those traces that a small part of a batch does not run"
+    )
+    gated(**one_sample(gated))
+    assert gated.report.validation.endswith("does not run")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_validation_after_the_call_leaves_its_step_as_it_was(dropout: float, validations: list[str]) -> None:
+    model = build("gpt2", dropout=dropout)
+    gated = regate_fx.compile(model, backend="eager")
+    gated(**batch())
+    torch.manual_seed(1)
+    gated(**one_sample(gated)).loss.backward()
+    assert validations == [VALIDATED] * 2
+    validated, state = gradients(model), torch.get_rng_state()
+    model.zero_grad()
+    torch.manual_seed(1)
+    regate_fx.compile(model, backend="eager", validate=False)(**one_sample(gated)).loss.backward()
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, gradient in gradients(model).items():
+        assert torch.equal(gradient, validated[name]), name
+
+
+def test_a_wrong_call_leaves_the_capture_as_it_was() -> None:
+    model = build("llama")
+    gated = regate_fx.compile(model, backend="eager")
+    inputs = batch()
+    wrong = inputs | {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
+    gated(**inputs)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+            gated(**wrong)
+        traces = counters["stats"]["unique_graphs"]
+        gated(**inputs).loss.backward()
+        assert counters["stats"]["unique_graphs"] == traces
+    assert gated.report.gated == 2
+
+
+def test_a_wrong_first_call_does_no_harm() -> None:
+    model = build("llama")
+    gated = regate_fx.compile(model, backend="eager")
+    inputs = batch()
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        gated(**inputs, inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]))
+    gated(**inputs)
+    assert gated.report.traces == 1
+    assert gated.report.validation == VALIDATED
+
+
+def test_a_float64_model_may_compute_its_norms_in_float32() -> None:
+    gated = regate_fx.compile(build("llama").double(), backend="eager")
+    gated(**batch())
+    assert gated.report.validation == VALIDATED
+
+
+def test_a_step_whose_buffers_are_saved_survives_a_later_validation() -> None:
+    gated = regate_fx.compile(build("gemma2"), backend="eager")
+    gated(**batch())
+    gated(**one_sample(gated)).loss.backward()
+    assert gated.report.validation == VALIDATED

@@ -142,9 +142,11 @@ class Gated(nn.Module):
         # `type(gated).from_pretrained(...)` builds the user's model, not a gated one without an engine.
         return cls._own_class(*args, **kwargs)
 
-    @torch._dynamo.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # A compiled caller leaves the gated model alone: it has a capture of its own.
+        gating = self._regate
+        chooses = gating.gate is not None and self.training
+        if chooses or kwargs.get("token_mask") is not None or kwargs.get("sample_id") is not None:
+            return _apart(super().__call__, *args, **kwargs)
         return super().__call__(*args, **kwargs)
 
     @property
@@ -317,6 +319,12 @@ def _warn_of_count(gating: _Gating, kwargs: dict[str, Any]) -> None:
         "step; if it is that of all labels, the loss shrinks with the share of tokens kept. Trainer passes the "
         "number of all labels; with trainer.model_accepts_loss_kwargs = False it passes none."
     )
+
+
+@torch._dynamo.disable
+def _apart(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call that a compiled caller leaves alone: a gated one has a capture of its own."""
+    return call(*args, **kwargs)
 
 
 def _check_sample_id(gate: Gate | None, token_mask: Any) -> None:

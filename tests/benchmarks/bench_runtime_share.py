@@ -83,16 +83,13 @@ class TimedGate(ReGate):
             super().follow(model)
 
 
-def measure(steps: int, console: Console) -> dict[str, float]:
-    """Median seconds of a step and of each part."""
+def measure(steps: int, folder: str, console: Console) -> dict[str, float]:
+    """Median seconds of a step and of each part. folder: for the teacher's losses, which are read from there."""
     size, chance = Size(), random.Random(0)
     digits, tokenizer = Digits(), make_tokenizer()
     examples = make_examples(BATCH * 8, digits.training, digits, tokenizer, chance)
     model = build(tokenizer, size.width, size.layers).train()
-    with tempfile.TemporaryDirectory() as folder:
-        losses = teacher_losses(
-            model, examples, folder, tokenizer=tokenizer, collator=collate, progress=False
-        )
+    losses = teacher_losses(model, examples, folder, tokenizer=tokenizer, collator=collate, progress=False)
     gate = TimedGate(losses, schedule=DualCycle(keep=0.5, warmup=0, cycle=1, dense=0))
     gated = regate_fx.compile(model, gate=gate)
     optimizer = torch.optim.AdamW(gated.parameters(), lr=1e-4)
@@ -124,7 +121,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     console = Console()
-    seconds = measure(args.steps, console)
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = measure(args.steps, folder, console)
     share = sum(seconds[part] for part in SELECTING) / seconds["step"]
     everything = sum(seconds[part] for part in PARTS) / seconds["step"]
     command = f"python tests/benchmarks/bench_runtime_share.py --steps {args.steps} --threads {args.threads}"

@@ -40,7 +40,6 @@ def main(args: argparse.Namespace) -> None:
     gated, optimizer, loader, held_out_loader = accelerator.prepare(gated, optimizer, loader, held_out_loader)
     register(accelerator, gate)  # save_state and load_state take the gate along
 
-    gated.train()
     for _ in range(args.epochs):
         for batch in loader:
             with accelerator.accumulate(gated):

@@ -40,6 +40,15 @@ def test_gradient_checkpointing(name: str, backend: str, generator: torch.Genera
     assert gated.report.gated == len(gated.report.layers) == 2
 
 
+@pytest.mark.parametrize(("name", "backend"), [("gemma2", "aot_eager"), ("mixtral", "eager")])
+def test_layers_compiled_one_by_one(name: str, backend: str, generator: torch.Generator) -> None:
+    model = build(name)
+    gated = regate_fx.compile(model, backend=backend, scope="layers", validate=False)
+    for batch in two_batches(generator):
+        check_step(gated, model, MODELS[name], batch, name)
+    assert gated.report.gated == len(gated.report.layers) == 2
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gpt2", "gpt_neox", "gemma2"])
 def test_bfloat16_autocast(name: str, generator: torch.Generator) -> None:
     model = build(name)

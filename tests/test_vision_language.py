@@ -57,7 +57,8 @@ def check_elided_words_change_no_bit(gated: Any, batch: ImageBatch, generator: t
     check_no_bit_differs(observe(gated, batch), observe(gated, changed))
 
 
-@pytest.mark.parametrize("name", VLMS)
+# One graph, several of them, and positions in three dimensions; the others are captured like one of these.
+@pytest.mark.parametrize("name", ["llava", "smolvlm", "qwen2_vl"])
 def test_other_sizes_cost_no_trace(name: str, generator: torch.Generator) -> None:
     """Batch size, length and active positions may change; the number of images stays, it is the model's own.
 

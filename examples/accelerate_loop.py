@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from small_chat import arguments, conversations, make_tokenizer, small_llama, tokenized
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
@@ -52,8 +52,8 @@ def main(args: argparse.Namespace) -> None:
         found = [accelerator.gather_for_metrics(gated(**batch).loss[None]) for batch in held_out_loader]
     accelerator.save_state(f"{args.folder}/state")
     accelerator.print(f"held-out loss {torch.cat(found).mean():.3f} after {gate.global_step} steps")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
     main(arguments("ReGATE in a loop on accelerate"))
+    PartialState().destroy_process_group()  # not in main: DDP may hang where its group is gone before it

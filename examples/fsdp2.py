@@ -51,8 +51,8 @@ def main(args: argparse.Namespace) -> None:
         gate.exchange()
         state.print(f"epoch {epoch}: loss {loss.item():.3f}")
     gate.save(f"{args.folder}/regate.safetensors")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(arguments("ReGATE with layers sharded by FSDP2"))
+    dist.destroy_process_group()

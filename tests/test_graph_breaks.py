@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def _ddp_worker(rank: int, folder: str) -> None:
     assert gated.report.gated == 2
     assert gated.report.traces == 1
     torch.save(gradients(gated), f"{folder}/{rank}.pt")
+    del parallel  # DDP may hang where its process group is gone before it
+    gc.collect()
     dist.destroy_process_group()
 
 

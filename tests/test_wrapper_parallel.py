@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def _ddp_worker(rank: int, folder: str, find_unused: bool) -> None:
     torch.save(gradients(gated), f"{folder}/{rank}.pt")
     parallel(**without_mask(batch()))
     assert len(engine.seen) == 1
+    del parallel, output  # DDP may hang where its process group is gone before it
+    gc.collect()
     dist.destroy_process_group()
 
 

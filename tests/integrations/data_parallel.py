@@ -8,6 +8,7 @@ process's batches, and what was logged.
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -120,4 +121,5 @@ if __name__ == "__main__":
     state = PartialState(cpu=True)
     into = Path(sys.argv[1])
     torch.save(run(into, state.num_processes), into / f"{state.process_index}.pt")
+    gc.collect()  # DDP may hang where its process group is gone before it
     state.destroy_process_group()

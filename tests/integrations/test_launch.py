@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,15 +17,29 @@ from data_parallel import run
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+TIMEOUT = 240
 
 
 def launch(*command: str) -> str:
+    """What a launcher's processes print. One that hangs is ended."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, check=False
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        # The launcher ends its workers.
+        os.killpg(process.pid, signal.SIGTERM)
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {TIMEOUT} s:\n{err}") from None
+    assert process.returncode == 0, err
+    return out
 
 
 @pytest.fixture(scope="module")

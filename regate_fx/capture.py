@@ -277,7 +277,7 @@ class GatedEngine:
             self._start(whole=False)
         try:
             return self._gated(plan, inputs)
-        except BaseException:
+        except Exception:
             # The call was wrong, not the capture: the next good one finds it as it was.
             self._whole, self._backend, self._graphs, self._runs = started
             raise

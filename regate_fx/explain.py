@@ -95,8 +95,11 @@ def _kept(real: int, outputs: float, keep: float) -> int:
     return min(real, math.ceil(round(real - outputs * (1 - keep), 6)))
 
 
-class _Captured(Exception):
-    """Raised in place of running a captured graph: nothing is left to learn from a run."""
+class _Captured(BaseException):
+    """Raised in place of running a captured graph: nothing is left to learn from a run.
+
+    No error: what was captured is kept.
+    """
 
 
 @dataclass

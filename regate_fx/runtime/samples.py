@@ -16,6 +16,9 @@ from torch import Tensor
 from regate_fx.errors import InvalidInput
 from regate_fx.runtime.rules import NO_LABEL, Documents, Roles, TokenRules, assign_roles, documents
 from regate_fx.runtime.store import ReferenceLosses
+from regate_fx.runtime.token_hashes import NOT_KNOWN, label_hash, text_hash, token_hash
+
+__all__ = ["Counts", "Samples", "describe", "label_hash", "labels_of"]
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def describe(batch: Mapping[str, Any], rules: TokenRules, losses: ReferenceLosse
 
     sample_id: int64 [B], or [B, S] where rows are packed (-1 at positions of no sample).
     Waits for the device where the batch is not on the host. Raises `InvalidInput` that names the argument, and the
-    sample whose label tokens differ from those the teacher saw.
+    sample whose label tokens, or whose tokens before them, differ from those the teacher saw.
     """
     labels = labels_of(batch).cpu()
     sample_id = _sample_id(batch, labels)
@@ -136,9 +139,10 @@ def describe(batch: Mapping[str, Any], rules: TokenRules, losses: ReferenceLosse
     real = torch.ones_like(labels, dtype=torch.bool)
     if isinstance(mask, Tensor) and mask.shape == labels.shape:
         real = mask.cpu() != 0
-    ids = batch.get("input_ids")
-    roles = assign_roles(rules, docs, labels, ids.cpu() if isinstance(ids, Tensor) else None, real)
-    slot, reference = _look_up(docs, roles, labels, losses)
+    given = batch.get("input_ids")
+    ids = given.cpu() if isinstance(given, Tensor) else None
+    roles = assign_roles(rules, docs, labels, ids, real)
+    slot, reference = _look_up(docs, roles, labels, losses, text_hash(docs, roles.label, real, ids))
     candidates = docs.totals(roles.candidate)
     return Samples(
         always=roles.always,
@@ -153,23 +157,6 @@ def describe(batch: Mapping[str, Any], rules: TokenRules, losses: ReferenceLosse
         packed=docs.packed,
         counts=_count(rules, docs, roles, labels, real, candidates),
     )
-
-
-def label_hash(docs: Documents, label: Tensor, labels: Tensor) -> Tensor:
-    """int64 [G]: a hash of the label tokens of each document, in their order, wherever padding lies.
-
-    label: bool [B, S], which labels exist; labels: int64 [B, S]. Any other tokens can be hashed like labels.
-    """
-    return _hash(docs, label, labels, docs.ranks(label))
-
-
-def _hash(docs: Documents, label: Tensor, labels: Tensor, ranks: Tensor) -> Tensor:
-    mixed = torch.add(labels * -7046029254386353131, ranks, alpha=4768777513237032717)
-    # The finaliser of a 64-bit hash; products wrap around.
-    mixed = (mixed ^ (mixed >> 31)) * -4658895280553007687
-    mixed = (mixed ^ (mixed >> 29)) * -7723592293110705685
-    mixed = mixed ^ (mixed >> 32)
-    return docs.totals(mixed * label)
 
 
 def labels_of(batch: Mapping[str, Any]) -> Tensor:
@@ -203,14 +190,19 @@ def _sample_id(batch: Mapping[str, Any], labels: Tensor) -> Tensor:
     return given.to("cpu", torch.int64)
 
 
-def _look_up(docs: Documents, roles: Roles, labels: Tensor, losses: ReferenceLosses) -> tuple[Tensor, Tensor]:
-    """slot and reference of every label; checks that labels are those the teacher saw."""
+def _look_up(
+    docs: Documents, roles: Roles, labels: Tensor, losses: ReferenceLosses, texts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """slot and reference of every label; checks that labels are those the teacher saw.
+
+    texts: int64 [G], of each document what `text_hash` makes of it, which is checked likewise.
+    """
     ids, ranks = docs.each(docs.ids), docs.ranks(roles.label)
     found = docs.totals(roles.label)
     rows = _rows(losses, ids, found, docs.packed)
     starts = losses.starts[rows]
     known = losses.starts[rows + 1] - starts
-    differs = (found != known) | (_hash(docs, roles.label, labels, ranks) != losses.hashes[rows])
+    differs = (found != known) | (token_hash(docs, roles.label, labels, ranks) != losses.hashes[rows])
     if docs.packed:
         differs &= ids >= 0
     if bool(differs.any()):
@@ -221,10 +213,25 @@ def _look_up(docs: Documents, roles: Roles, labels: Tensor, losses: ReferenceLos
             f"in the batch, {int(known[first])} with the teacher; {int(differs.sum())} such samples).",
             "Tokenize and truncate as in the teacher pass, or run the pass again.",
         )
+    if texts is not None:
+        _check_texts(ids, texts, losses.texts[rows])
     slot = torch.where(roles.label, docs.spread(starts) + ranks, -1)
     reference = torch.zeros(slot.shape)
     reference[roles.label] = losses.at(docs.spread(rows).expand_as(slot)[roles.label], slot[roles.label])
     return slot, reference
+
+
+def _check_texts(ids: Tensor, texts: Tensor, read: Tensor) -> None:
+    """ids, texts, read: int64 [G], of each document its sample, its hash now and that of the teacher pass."""
+    differs = (texts != read) & (texts != NOT_KNOWN) & (read != NOT_KNOWN)
+    if bool(differs.any()):
+        first = int(differs.nonzero()[0])
+        raise InvalidInput(
+            "input_ids",
+            f"those of sample {int(ids[first])} are not the ones that the teacher read, though its labels are: its "
+            f"prompt has changed ({int(differs.sum())} such samples).",
+            "Build prompts as in the teacher pass, or run the pass again in another folder.",
+        )
 
 
 def _rows(losses: ReferenceLosses, ids: Tensor, found: Tensor, packed: bool) -> Tensor:

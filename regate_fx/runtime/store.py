@@ -27,7 +27,8 @@ LossType = Literal["float32", "float16"]
 class SampleLosses:
     """One sample of the store.
 
-    label_hash, text_hash: of its label tokens, and of the tokens that the teacher read
+    label_hash, text_hash: of its label tokens, and of the tokens that the teacher read up to the last of them, 0 where
+                           these are not known
     losses:                float32, one entry for each label other than -100, in order
     """
 
@@ -49,7 +50,9 @@ class ReferenceLosses:
     ids:         int64 [n]    sample ids, ascending
     starts:      int64 [n+1]  number of each sample's first label among all labels, by ascending id; last, T
     hashes:      int64 [n]    hash of each sample's label tokens
+    texts:       int64 [n]    hash of what the teacher read of each sample, up to its last label; 0 where not known
     about:       what the losses were computed with, by name: teacher, placeholder, ...
+    folder:      where the store lies, None in memory
     fingerprint: hash of `about`, of the samples, of their label tokens and of what the teacher read
 
     An opened store is mapped: it takes no memory in proportion to its size, is shared by all processes of a machine,
@@ -61,6 +64,7 @@ class ReferenceLosses:
         ids: Tensor,
         starts: Tensor,
         hashes: Tensor,
+        texts: Tensor,
         values: Values,
         about: Mapping[str, Any],
         fingerprint: str,
@@ -69,10 +73,11 @@ class ReferenceLosses:
         self.ids = ids
         self.starts = starts
         self.hashes = hashes
+        self.texts = texts
         self.about = dict(about)
         self.fingerprint = fingerprint
         self._values = values
-        self._folder = folder
+        self.folder = folder
 
     @classmethod
     def of(cls, samples: Iterable[SampleLosses], about: Mapping[str, Any] | None = None) -> Self:
@@ -91,6 +96,7 @@ class ReferenceLosses:
             torch.from_numpy(ids),
             torch.from_numpy(starts),
             torch.from_numpy(hashes),
+            torch.from_numpy(texts),
             _InMemory(torch.from_numpy(values)),
             about or {},
             label_fingerprint(about or {}, ids, starts, hashes, texts),
@@ -119,6 +125,7 @@ class ReferenceLosses:
             index["sample_id"][:-1],
             starts,
             index["label_hash"][:-1],
+            index["text_hash"][:-1],
             values,
             manifest["about"],
             manifest["fingerprint"],
@@ -129,9 +136,9 @@ class ReferenceLosses:
         return len(self.ids)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if self._folder is None:
+        if self.folder is None:
             return super().__reduce_ex__(protocol)
-        return _reopen, (type(self), self._folder, self.fingerprint)
+        return _reopen, (type(self), self.folder, self.fingerprint)
 
     @property
     def labels(self) -> int:

@@ -27,7 +27,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from regate_fx.errors import StoreDamaged, StoreMismatch, StoreUnwritable
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 INDEX = "index.arrow"

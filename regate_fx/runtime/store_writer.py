@@ -312,6 +312,7 @@ def _index(
     columns = {
         "sample_id": ids[order],
         "label_hash": hashes,
+        "text_hash": texts,
         "start": starts[:-1],
         "shard": numbers[order],
         "offset": places[order],

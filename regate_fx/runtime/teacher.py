@@ -11,19 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import default_data_collator
 
-from regate_fx.errors import StoreMismatch
 from regate_fx.runtime import identity, ranks
 from regate_fx.runtime.batches import POOL, Batch, Batching, Example
 from regate_fx.runtime.progress import PassProgress
-from regate_fx.runtime.rules import NO_LABEL, documents
-from regate_fx.runtime.samples import label_hash
-from regate_fx.runtime.store import LossType, ReferenceLosses, SampleLosses, check_unique, read_manifest
+from regate_fx.runtime.store import LossType, ReferenceLosses, SampleLosses, read_manifest
 from regate_fx.runtime.store_files import MANIFEST
 from regate_fx.runtime.store_writer import (
     SAMPLES_PER_SHARD,
@@ -34,6 +29,7 @@ from regate_fx.runtime.store_writer import (
     is_finished,
 )
 from regate_fx.runtime.text_only import TextOnly, visual_token_ids
+from regate_fx.runtime.unchanged import UnchangedWindows, check_ids, check_some, identified, is_real
 from regate_fx.runtime.windows import Windows, fill
 
 _ROWS = 8
@@ -112,14 +108,16 @@ def teacher_losses(
     batches = {"batch_size": rows, "max_tokens_per_batch": max_tokens_per_batch}
     plan = Plan(about, windows.samples, samples_per_shard, losses_dtype, batches)
     if _is_computed(Path(folder), plan):
-        return ReferenceLosses.open(folder)
-    _check_ids(data)
+        losses = ReferenceLosses.open(folder)
+        check_some(losses, data, windows.samples, batching)
+        return losses
+    check_ids(data)
     text_only = TextOnly(chosen, model, visual, placeholder)
     writer = StoreWriter(folder, plan)
     found = writer.shards()
     with PassProgress(windows.samples, shown=progress and ranks.rank() == 0) as bar:
         scorer = Scorer(text_only, chosen, batching, shifted, dtype, bar)
-        check = _Unchanged(writer, windows, scorer, Path(folder))
+        check = UnchangedWindows(writer, windows, batching, Path(folder))
         count = fill(
             writer,
             windows,
@@ -159,31 +157,12 @@ class Scorer:
             found.update(zip(batch.places, self._score(batch), strict=True))
         return [found[place] for place in range(len(found))]
 
-    def identify(self, example: Example) -> SampleLosses:
-        """What is known of an example without asking the teacher."""
-        batch = self._batching.batch([(0, example)])
-        (sample,) = self._samples(batch, torch.zeros(batch.inputs["labels"].shape))
-        return sample
-
     def _score(self, batch: Batch) -> Iterator[SampleLosses]:
         moved = {name: self._moved(value) for name, value in batch.inputs.items()}
         with self._autocast():
             losses = self._text_only.token_loss(moved, self._shifted).cpu()
-        self._progress.computed(len(batch.ids), int(_real(batch.inputs).sum()))
-        return self._samples(batch, losses)
-
-    def _samples(self, batch: Batch, losses: Tensor) -> Iterator[SampleLosses]:
-        labels: Tensor = batch.inputs["labels"]
-        docs = documents(batch.ids, (labels.shape[0], labels.shape[1]))
-        real = _real(batch.inputs)
-        label = (labels != NO_LABEL) & real
-        hashes = label_hash(docs, label, labels)
-        ids = batch.inputs.get("input_ids")
-        has_text = isinstance(ids, Tensor) and ids.shape == labels.shape
-        texts = label_hash(docs, real, ids) if has_text else torch.zeros_like(hashes)
-        for row, sample_id in enumerate(batch.ids.tolist()):
-            values = losses[row, label[row]].numpy()
-            yield SampleLosses(sample_id, int(hashes[row]), values, int(texts[row]))
+        self._progress.computed(len(batch.ids), int(is_real(batch.inputs).sum()))
+        return identified(batch, losses)
 
     def _moved(self, value: Any) -> Any:
         return value.to(self._device) if isinstance(value, Tensor) else value
@@ -194,46 +173,6 @@ class Scorer:
         return torch.autocast(self._device.type, self._dtype)
 
 
-def _real(inputs: Mapping[str, Any]) -> Tensor:
-    """bool [B, S]: the positions that are no padding."""
-    mask, labels = inputs.get("attention_mask"), inputs["labels"]
-    if isinstance(mask, Tensor) and mask.shape == labels.shape:
-        return mask != 0
-    return torch.ones_like(labels, dtype=torch.bool)
-
-
-class _Unchanged:
-    """Compares a window that was computed at an earlier start with the data as they are now."""
-
-    def __init__(self, writer: StoreWriter, windows: Windows, scorer: Scorer, folder: Path) -> None:
-        self._writer = writer
-        self._windows = windows
-        self._scorer = scorer
-        self._folder = folder
-
-    def __call__(self, window: int, examples: Iterator[Example]) -> None:
-        stored = self._writer.read(window)
-        now = self._scorer.identify(next(examples))
-        before = {name: stored[name][0].as_py() for name in ("sample_id", "label_hash", "text_hash")}
-        differing = [name for name, value in before.items() if getattr(now, name) != value]
-        if differing:
-            raise StoreMismatch(
-                str(self._folder),
-                f"the data set is not the one that the pass was begun with: sample {before['sample_id']} came first "
-                f"in window {window}, now sample {now.sample_id} does, and {', '.join(differing)} differs.",
-                "Go on with the same data, tokenizer and collator, or choose another folder.",
-            )
-        if self._windows.samples is None:
-            count = 1 + sum(1 for _ in examples)
-            if count != len(stored["sample_id"]):
-                raise StoreMismatch(
-                    str(self._folder),
-                    f"window {window} of the data set had {len(stored['sample_id'])} samples when the pass was begun, "
-                    f"it now has {count}.",
-                    "Go on with the data set as it was, or choose another folder.",
-                )
-
-
 def _is_computed(folder: Path, plan: Plan) -> bool:
     """Whether the folder holds the losses. Raises `StoreMismatch` where it holds those of something else."""
     if not (folder / MANIFEST).exists():
@@ -242,9 +181,3 @@ def _is_computed(folder: Path, plan: Plan) -> bool:
     check_about(folder, stored["about"], wanted["about"])
     check_samples(folder, stored["samples"], plan.samples, finished=True)
     return is_finished(folder)
-
-
-def _check_ids(data: Any) -> None:
-    """Raises `InvalidInput` for ids that come twice, where a data set has them in a column: before hours of work."""
-    if isinstance(data, datasets.Dataset) and "sample_id" in data.column_names:
-        check_unique(np.sort(data.with_format("numpy")["sample_id"][:]))

@@ -97,7 +97,10 @@ def test_a_pass_does_not_go_on_with_other_data(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_text(model, data, tmp_path, batch_size=4, collator=Stopping(2))
     for changed, problem in (
-        ([{**data[0], "labels": [-100] * len(data[0]["labels"])}, *data[1:]], "label_hash differs"),
+        (
+            [{**data[0], "labels": [-100] * len(data[0]["labels"])}, *data[1:]],
+            "label_hash, text_hash differs",
+        ),
         ([{**data[0], "input_ids": data[0]["input_ids"][::-1]}, *data[1:]], "text_hash differs"),
         (
             [data[1], data[0], *data[2:]],
@@ -135,6 +138,60 @@ def test_a_data_set_that_grew(tmp_path: Path) -> None:
         InvalidInput, match=r"sample_id: \[77\] are not among the 7 samples .* if it has grown"
     ):
         gate.select({**pad_text(data[7:8]), "sample_id": torch.tensor([77])})
+
+
+def prompted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first two tokens of each are its prompt."""
+    return [{**row, "labels": [-100, -100, *row["labels"][2:]]} for row in rows]
+
+
+def other_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    first, *rest = row["input_ids"]
+    return {**row, "input_ids": [3 if first != 3 else 4, *rest]}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_finished_store_of_other_prompts_or_labels(tmp_path: Path, streaming: bool) -> None:
+    model, data = build("llama"), prompted(texts(40))
+    losses = run_text(model, data, tmp_path)
+    for changed, problem in (
+        ([other_prompt(row) for row in data], "sample 0 has other tokens before its labels now"),
+        ([{**row, "labels": row["input_ids"]} for row in data], "sample 0 has other label tokens now"),
+    ):
+        rows = datasets.Dataset.from_list(changed)
+        with pytest.raises(StoreMismatch, match=f"its teacher pass was over other data: {problem}"):
+            run_text(model, rows.to_iterable_dataset() if streaming else rows, tmp_path)
+    one = [*data[:38], other_prompt(data[38]), data[39]]  # which is not among the few that are looked at
+    losses = run_text(model, one, tmp_path)
+    gate = ReGate(losses, collator=pad_text)
+    gate.collate(one[:38])
+    with pytest.raises(
+        InvalidInput, match=r"input_ids: those of sample 418 are not the ones that the teacher read.*\(1 such"
+    ):
+        gate.collate(one[-3:])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_only_what_decides_a_loss_is_compared(tmp_path: Path, packed: bool) -> None:
+    """Padding on the right, marked or not, and tokens after the last label are no other prompt."""
+    data = prompted(texts(3))
+
+    def unmarked(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {name: value for name, value in pad_text(examples).items() if name != "attention_mask"}
+
+    gate = ReGate(run_text(build("llama"), data, tmp_path, batch_size=3, collator=unmarked))
+    longer = [{**row, "input_ids": [*row["input_ids"], 5], "labels": [*row["labels"], -100]} for row in data]
+    ids = torch.tensor([0, 11, 22])
+    for collate in (pad_text, unmarked):
+        batch = collate(longer)
+        if packed:
+            ids = ids if ids.dim() == 2 else ids.repeat_interleave(batch["labels"].shape[1])[None]
+            batch = {name: value.view(1, -1) for name, value in batch.items()}
+        assert gate.select({**batch, "sample_id": ids}).any()
+        changed = {**batch, "input_ids": batch["input_ids"].clone()}
+        changed["input_ids"][0, 1] += 1
+        with pytest.raises(InvalidInput, match="input_ids: those of sample 0"):
+            gate.select({**changed, "sample_id": ids})
 
 
 def test_a_damaged_shard_is_repaired_by_another_pass(tmp_path: Path) -> None:

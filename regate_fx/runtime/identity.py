@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +12,15 @@ import torch
 from torch import nn
 
 from regate_fx.errors import InvalidInput
+
+# What a config says that decides no loss of a frozen model in evaluation mode, or is recorded by itself: where it came
+# from, what a call returns, how weights were made, what training drops, what generation begins and ends with.
+_DECIDES_NOTHING = re.compile(
+    r"transformers_version|_?name_or_path|architectures|auto_map|(torch_)?dtype|use_cache|return_dict|id2label|label2id"
+    r"|output_(attentions|hidden_states|router_logits|scores)|problem_type|num_labels|task_specific_params"
+    r"|initializer_.*|.*(dropout|pdrop|layerdrop).*|(bos|eos|sep|cls|decoder_start|forced_.*)_token_id"
+    r"|_?attn_implementation.*"
+)
 
 
 def check_vocabulary(student: nn.Module, teacher: nn.Module, tokenizer: Any, teacher_tokenizer: Any) -> None:
@@ -54,6 +65,8 @@ def what_decides(
     """
     return {
         "teacher": weights_hash(teacher),
+        "config": _deciding(_text_config(teacher)),
+        "attention": getattr(_text_config(teacher), "_attn_implementation", None),
         "vocabulary": vocabulary_hash(tokenizer),
         "truncation": _truncation(tokenizer),
         "special_ids": sorted(special_ids),
@@ -83,6 +96,22 @@ def _text_config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def _deciding(config: Any) -> dict[str, Any]:
+    """What a config says of the computation, as JSON reads it back: rotary base, windows, soft caps, epsilons, ..."""
+    if not hasattr(config, "to_dict"):
+        return {}
+    read: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
+    return _without_rest(read)
+
+
+def _without_rest(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_rest(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if not _DECIDES_NOTHING.fullmatch(name)
+    }
+
+
 def vocabulary_size(model: Any) -> int | None:
     return getattr(_text_config(model), "vocab_size", None)
 
@@ -108,11 +137,18 @@ def special_ids_of(model: nn.Module, tokenizer: Any) -> set[int]:
 
 
 def weights_hash(model: nn.Module) -> str:
+    """Of all that the state holds, and of buffers that it leaves out, such as rotary frequencies."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    buffers = {name: buffer for name, buffer in model.named_buffers() if not _is_cache(name)}
+    for name, tensor in sorted((buffers | model.state_dict()).items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _is_cache(buffer: str) -> bool:
+    """Whether a buffer grows with the longest text seen so far."""
+    return "cache" in buffer.rpartition(".")[2]
 
 
 def vocabulary_hash(tokenizer: Any) -> str | None:

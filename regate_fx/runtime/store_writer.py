@@ -232,13 +232,25 @@ def is_finished(folder: Path) -> bool:
 
 def check_about(folder: Path, stored: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Raises `StoreMismatch` where losses were computed with something else."""
-    differing = sorted(name for name in about.keys() | stored.keys() if about.get(name) != stored.get(name))
+    differing = _differing(stored, about)
     if differing:
         raise StoreMismatch(
             str(folder),
             f"its losses were computed with another {', '.join(differing)}.",
             "Choose another folder, or open it with ReferenceLosses.open if the model has been trained since.",
         )
+
+
+def _differing(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of what differs, `config.rope_theta` for what lies deeper."""
+    names = []
+    for name in sorted(stored.keys() | now.keys()):
+        before, after = stored.get(name), now.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            names += [f"{name}.{inner}" for inner in _differing(before, after)]
+        elif before != after:
+            names.append(name)
+    return names
 
 
 def check_samples(folder: Path, stored: int | None, samples: int | None, *, finished: bool) -> None:

@@ -161,7 +161,8 @@ def test_losses_of_something_else_are_refused(
     if change == "weights":
         with torch.no_grad():
             next(model.parameters()).add_(1e-3)
-    named = {"weights": "teacher", "tokenizer": "truncation, vocabulary"}.get(change, change)
+    tokenizer = r"truncation.model_max_length, truncation.truncation_side, vocabulary\."
+    named = {"weights": "teacher", "tokenizer": tokenizer}.get(change, change)
     with pytest.raises(StoreMismatch, match=f"computed with another {named}"):
         run_pass(model, data, tmp_path, **arguments)
     assert sorted(tmp_path.iterdir()) == before

@@ -239,6 +239,39 @@ def test_other_precision_and_settings_are_another_store(
     assert torch.equal(rounded, exact) == (named == "settings")
 
 
+@pytest.mark.parametrize(
+    ("name", "changed", "named"),
+    [
+        ("llama", {"rms_norm_eps": 1e-3}, "config.rms_norm_eps"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
+            "config.rope_parameters.rope_theta, teacher",
+        ),
+        ("mistral", {"sliding_window": 3}, "config.sliding_window"),
+        ("gemma2", {"final_logit_softcapping": 9.0}, "config.final_logit_softcapping"),
+        ("llama", {"attn_implementation": "eager"}, "attention"),
+    ],
+)
+def test_the_same_weights_in_another_computation_are_another_teacher(
+    tmp_path: Path, name: str, changed: dict[str, Any], named: str
+) -> None:
+    run_text(build(name), texts(2), tmp_path)
+    with pytest.raises(StoreMismatch, match=rf"computed with another {re.escape(named)}\."):
+        run_text(build(name, **changed), texts(2), tmp_path)
+
+
+def test_a_model_that_was_saved_and_loaded_is_the_same_teacher(tmp_path: Path) -> None:
+    model = build("llama", dropout=0.5)
+    losses = run_text(model, texts(2), tmp_path / "store")
+    model.save_pretrained(tmp_path / "model")
+    again = type(model).from_pretrained(tmp_path / "model")
+    again.config.use_cache = False
+    again.gradient_checkpointing_enable()
+    found = run_text(again, texts(2), tmp_path / "store")
+    assert found.fingerprint == losses.fingerprint
+
+
 def test_settings_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"settings: cannot be written as JSON .*device"):
         run_text(build("llama"), texts(2), tmp_path, settings={"where": torch.device("cpu")})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from regate_fx.errors import InvalidInput
+from regate_fx.runtime.late import LateChecks
 
 
 class Difficulty:
@@ -31,7 +32,7 @@ class Difficulty:
         # The last entry belongs to no label and stays NaN; slot -1 reads it.
         self._table = torch.full((labels + 1,), torch.nan)
         self._own: Tensor | None = None
-        self._unchecked: _BrokenLosses | None = None
+        self._late = LateChecks()
 
     @property
     def ema(self) -> Tensor:
@@ -57,7 +58,7 @@ class Difficulty:
                 "Load the state of a run over the same data set.",
             )
         self.ema.copy_(ema)
-        self._own, self._unchecked = None, None
+        self._own, self._late = None, LateChecks()
         if own is not None and len(own[0]):
             self._apart()[own[0].to(self._table.device)] = own[1].to(self._table.device)
 
@@ -92,7 +93,7 @@ class Difficulty:
         observed = observed & (slot >= 0)
         loss = loss.detach().float()
         broken = observed & ~loss.isfinite()
-        self._check(broken, ids)
+        self._late.check(broken, lambda found: _broken_losses(found, ids))
         before = self.look_up(slot)
         after = torch.where(before.isnan(), loss, torch.lerp(loss, before, self.beta))
         stored = observed & ~broken.any()
@@ -105,37 +106,13 @@ class Difficulty:
         self._own = self._own.to(self._table.device)
         return self._own
 
-    def _check(self, broken: Tensor, ids: Tensor) -> None:
-        if broken.device.type == "cpu":
-            _BrokenLosses(broken, ids).check()
-            return
-        if self._unchecked is not None:
-            if not self._unchecked.arrived():
-                return
-            self._unchecked.check()
-        self._unchecked = _BrokenLosses(broken, ids)
 
-
-class _BrokenLosses:
-    """Which losses of a batch are NaN or infinite, on their way from the device to the host."""
-
-    def __init__(self, broken: Tensor, ids: Tensor) -> None:
-        self._ids = ids
-        self._broken = broken.to("cpu", non_blocking=True)
-        self._copied = None if broken.device.type == "cpu" else torch.Event(broken.device)
-        if self._copied is not None:
-            self._copied.record()
-
-    def arrived(self) -> bool:
-        return self._copied is None or self._copied.query()
-
-    def check(self) -> None:
-        if not bool(self._broken.any()):
-            return
-        row, position = self._broken.nonzero()[0].tolist()
-        raise InvalidInput(
-            "token_loss",
-            f"the loss of sample {int(self._ids[row, position])} is NaN or infinite at label {position} of "
-            f"its row ({int(self._broken.sum())} such labels in the batch); no difficulty was changed.",
-            "Look at this sample, the learning rate and the precision before training on.",
-        )
+def _broken_losses(broken: Tensor, ids: Tensor) -> InvalidInput:
+    """broken: bool [B, S]; ids: int64 [B, S], both on the host."""
+    row, position = broken.nonzero()[0].tolist()
+    return InvalidInput(
+        "token_loss",
+        f"the loss of sample {int(ids[row, position])} is NaN or infinite at label {position} of "
+        f"its row ({int(broken.sum())} such labels in the batch); no difficulty was changed.",
+        "Look at this sample, the learning rate and the precision before training on.",
+    )

@@ -19,8 +19,9 @@ from regate_fx.errors import InvalidInput, StoreMismatch
 from regate_fx.runtime import ranks
 from regate_fx.runtime.accumulation import Window, check_announced, collated
 from regate_fx.runtime.checkpoint import read_state, write_state
-from regate_fx.runtime.collate import Collator
+from regate_fx.runtime.collate import Collator, samples_of
 from regate_fx.runtime.label_table import has_teacher
+from regate_fx.runtime.late import LateChecks
 from regate_fx.runtime.policies import (
     Combination,
     Policy,
@@ -30,7 +31,7 @@ from regate_fx.runtime.policies import (
     policy_settings,
 )
 from regate_fx.runtime.rules import Alignment, TokenRules
-from regate_fx.runtime.samples import Samples, describe, labels_of
+from regate_fx.runtime.samples import Samples
 from regate_fx.runtime.schedule import DualCycle
 from regate_fx.runtime.select import keep_top, kept_counts, scores, try_out
 from regate_fx.runtime.shared_difficulty import SharedDifficulty
@@ -125,6 +126,7 @@ class ReGate:
         self._last: Choice | None = None
         self._pairing_known = False
         self._agreed = False
+        self._late = LateChecks()
 
     def __getstate__(self) -> dict[str, Any]:
         # Who watches this gate does not watch a copy of it.
@@ -306,18 +308,7 @@ class ReGate:
         return settings | {"beta": self.difficulty.beta}
 
     def _samples(self, batch: Mapping[str, Any]) -> Samples:
-        labels = labels_of(batch)
-        given = batch.get("sample_id")
-        samples = given if isinstance(given, Samples) else describe(batch, self.rules, self.losses)
-        if labels.shape != samples.slot.shape:
-            raise InvalidInput(
-                "sample_id",
-                f"was collated for labels {list(samples.slot.shape)}, these are {list(labels.shape)}.",
-                "Change batches before `gate.collate` sees them, or pass plain ids.",
-            )
-        return (
-            samples if samples.slot.device == labels.device else samples.to(labels.device, non_blocking=True)
-        )
+        return samples_of(batch, self.rules, self.losses, self._late)
 
     def _check_pairing(self, samples: Samples, counted: Tensor) -> None:
         """Once, at the first sparse step: candidates are counted where `shifted` says that they are predicted."""

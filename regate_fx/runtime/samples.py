@@ -16,7 +16,7 @@ from torch import Tensor
 from regate_fx.errors import InvalidInput
 from regate_fx.runtime.rules import NO_LABEL, Documents, Roles, TokenRules, assign_roles, documents
 from regate_fx.runtime.store import ReferenceLosses
-from regate_fx.runtime.token_hashes import NOT_KNOWN, label_hash, text_hash, token_hash
+from regate_fx.runtime.token_hashes import NOT_KNOWN, label_hash, row_hashes, text_hash, token_hash
 
 __all__ = ["Counts", "Samples", "describe", "label_hash", "labels_of"]
 
@@ -35,6 +35,7 @@ class Samples:
     reference:  float32 [B, S]  the teacher's loss on each label, 0 where there is none
     group:      int64 [B, S]    the document of each position
     candidates: int64 [G]       candidates of each document
+    tokens:     int64 [B, 2]    what `row_hashes` makes of each row: by it a row is recognised in the batch
     ids:        int64 [B, S]    sample id of each position
     """
 
@@ -46,6 +47,7 @@ class Samples:
     reference: Tensor
     group: Tensor
     candidates: Tensor
+    tokens: Tensor
     ids: Tensor
     packed: bool
     counts: Counts
@@ -65,6 +67,16 @@ class Samples:
     def by_position(self, values: Tensor) -> Tensor:
         """[B, S] of values [G, S]: the inverse of `by_document`."""
         return values[self.group, self._columns] if self.packed else values
+
+    def other_rows(self, batch: Mapping[str, Any]) -> Tensor:
+        """bool [B]: the rows of a batch whose tokens are not those that were collated; does not wait for the device."""
+        found = row_hashes(batch["labels"], batch.get("input_ids"))
+        both = min(found.shape[1], self.tokens.shape[1])
+        return (found[:, :both] != self.tokens[:, :both]).any(1)
+
+    def without(self, rows: Tensor) -> Self:
+        """The same samples, of which those in some rows (bool [B]) are not observed."""
+        return replace(self, observed=self.observed & ~rows[:, None])
 
     @property
     def _columns(self) -> Tensor:
@@ -153,6 +165,7 @@ def describe(batch: Mapping[str, Any], rules: TokenRules, losses: ReferenceLosse
         reference=reference,
         group=docs.group,
         candidates=candidates,
+        tokens=row_hashes(labels, ids),
         ids=docs.ids,
         packed=docs.packed,
         counts=_count(rules, docs, roles, labels, real, candidates),

@@ -5,6 +5,7 @@ Shapes: B rows, S positions, G documents (one a row, or several in a packed row)
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from regate_fx.runtime.rules import Documents
@@ -44,3 +45,13 @@ def token_hash(docs: Documents, chosen: Tensor, tokens: Tensor, ranks: Tensor) -
     mixed = (mixed ^ (mixed >> 29)) * -7723592293110705685
     mixed = mixed ^ (mixed >> 32)
     return docs.totals(mixed * chosen)
+
+
+def row_hashes(labels: Tensor, ids: Tensor | None) -> Tensor:
+    """int64 [B, 2]: hashes of the tokens of each row, padding included: of its labels, and of its input ids; [B, 1]
+    without ids of the labels' shape. The same on every device, and none waits for it.
+    """
+    places = torch.arange(labels.shape[1], device=labels.device) * -7046029254386353131
+    weights = (places ^ (places >> 31)) * -4658895280553007687 | 1
+    both = [labels] if ids is None or ids.shape != labels.shape else [labels, ids]
+    return torch.stack([(tokens * weights).sum(1) for tokens in both], 1)

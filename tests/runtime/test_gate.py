@@ -309,6 +309,38 @@ def test_a_batch_changed_after_it_was_collated(docs: Any, losses: Any) -> None:
         gated(**(batch | {"attention_mask": mask}))
 
 
+def test_rows_that_changed_places_after_they_were_collated(docs: Any, losses: Any) -> None:
+    gate = make(losses)
+    gated = regate_fx.compile(build("llama"), backend="eager", gate=gate, validate=False)
+    batch = next(batches(gate, docs))
+    samples = batch["sample_id"]
+    moved = {name: value if name == "sample_id" else value.flip(0) for name, value in batch.items()}
+    problem = (
+        rf"sample_id: row 0 of the batch holds other tokens .* for sample {int(samples.ids[0, 0])} \(2 such"
+    )
+    for call in (lambda: gated(**moved), lambda: gate.select(moved), lambda: gate.observe(moved, None)):
+        with pytest.raises(InvalidInput, match=problem):
+            call()
+    ids_only = batch | {"input_ids": batch["input_ids"].flip(0)}
+    with pytest.raises(InvalidInput, match=problem):
+        gate.select(ids_only)
+    assert gate.difficulty.ema.isnan().all()
+    del batch["input_ids"]  # a loop of one's own may select with the labels alone
+    assert gate.select(batch).any()
+
+
+def test_a_wrong_row_is_not_observed_where_its_error_comes_later(docs: Any, losses: Any) -> None:
+    """As on an accelerator, which nobody waits for."""
+    gate = make(losses, schedule=DualCycle())
+    batch = next(batches(gate, docs))
+    wrong = batch | {"labels": batch["labels"].clone()}
+    wrong["labels"][1, -2] += 1
+    samples = batch["sample_id"]
+    seen = samples.without(samples.other_rows(wrong)).observed
+    assert torch.equal(seen[0], samples.observed[0]) and seen[0].any()
+    assert not seen[1].any()
+
+
 def test_an_example_without_id(losses: Any) -> None:
     with pytest.raises(InvalidInput, match=r"sample_id: is missing from an example with \['input_ids'\]"):
         make(losses).collate([{"input_ids": [1]}])

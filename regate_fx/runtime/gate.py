@@ -210,7 +210,7 @@ class ReGate:
                 "output", "has no token_loss and counted.", "Pass what the gated model returned for labels."
             )
         self._check_pairing(samples, counted)
-        self.difficulty.observe(samples.slot, token_loss, counted & samples.observed, samples.ids)
+        self.difficulty.observe(samples, token_loss, counted)
 
     def step(self) -> None:
         """Count one optimizer step. A model compiled with this gate does it by itself."""
@@ -229,7 +229,8 @@ class ReGate:
         """Let every rank know what the others observed: call it on all ranks at the end of each epoch.
 
         Only labels observed since the last exchange travel. Of a sample that several ranks drew, as samplers do that
-        fill up the last batch, the lowest rank's values count, and a warning says so. One process needs no exchange.
+        fill up the last batch, the lowest rank's values count, and a warning says so. Another one says so, once, where
+        a rank observes a sample again before the next exchange. One process needs no exchange.
         """
         self.difficulty.exchange()
 
@@ -253,7 +254,7 @@ class ReGate:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, also of a run with another number of ranks.
+        """Go on from a state, also of a run with another number of ranks: call it on all of them, with the same state.
 
         Raises `StoreMismatch` for one of other reference losses, `InvalidInput` for one of other settings: both would
         train on another selection without a word.
@@ -277,6 +278,7 @@ class ReGate:
         self.difficulty.load_state(state)
         self.global_step = state["global_step"]
         self._steps = OptimizerSteps()
+        self._agreed = False
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to one file, durably: call it on all ranks, the first one writes.
@@ -296,11 +298,11 @@ class ReGate:
         self.load_state_dict(read_state(path))
 
     def _agree(self) -> None:
-        """Once, before the first batch: all ranks were started alike."""
+        """Before the first batch, and the first after a state was loaded: all ranks were started alike."""
         if self._agreed or ranks.count() == 1:
             return
-        started = self._settings() | {"global_step": self.global_step, "losses": self.losses.fingerprint}
-        ranks.check_agreement(started)
+        known = {"losses": self.losses.fingerprint, "difficulty": self.difficulty.digest()}
+        ranks.check_agreement(self._settings() | {"global_step": self.global_step} | known)
         self._agreed = True
 
     def _settings(self) -> dict[str, Any]:

@@ -20,12 +20,15 @@ from regate_fx.runtime.token_hashes import NOT_KNOWN, label_hash, row_hashes, te
 
 __all__ = ["Counts", "Samples", "describe", "label_hash", "labels_of"]
 
+_ON_HOST = ("ids", "rows")
+
 
 @dataclass(frozen=True)
 class Samples:
     """The samples of one batch: which they are, what selection may do with their tokens, what the teacher said.
 
-    It travels in the batch under `sample_id`. The tensors below move with it; `ids` and the counts stay on the host.
+    It travels in the batch under `sample_id`. The tensors below move with it; `ids`, `rows` and the counts
+    stay on the host.
 
     always:     bool [B, S]     positions computed in every step
     real:       bool [B, S]     positions that are no padding
@@ -37,6 +40,7 @@ class Samples:
     candidates: int64 [G]       candidates of each document
     tokens:     int64 [B, 2]    what `row_hashes` makes of each row: by it a row is recognised in the batch
     ids:        int64 [B, S]    sample id of each position
+    rows:       int64 [G]       where each document's sample is in the store, -1 for a document of no sample
     """
 
     always: Tensor
@@ -49,6 +53,7 @@ class Samples:
     candidates: Tensor
     tokens: Tensor
     ids: Tensor
+    rows: Tensor
     packed: bool
     counts: Counts
 
@@ -89,7 +94,7 @@ class Samples:
         moved = {
             field.name: function(getattr(self, field.name))
             for field in fields(self)
-            if field.name != "ids" and isinstance(getattr(self, field.name), Tensor)
+            if field.name not in _ON_HOST and isinstance(getattr(self, field.name), Tensor)
         }
         return replace(self, **moved)
 
@@ -154,7 +159,7 @@ def describe(batch: Mapping[str, Any], rules: TokenRules, losses: ReferenceLosse
     given = batch.get("input_ids")
     ids = given.cpu() if isinstance(given, Tensor) else None
     roles = assign_roles(rules, docs, labels, ids, real)
-    slot, reference = _look_up(docs, roles, labels, losses, text_hash(docs, roles.label, real, ids))
+    slot, reference, rows = _look_up(docs, roles, labels, losses, text_hash(docs, roles.label, real, ids))
     candidates = docs.totals(roles.candidate)
     return Samples(
         always=roles.always,
@@ -167,6 +172,7 @@ def describe(batch: Mapping[str, Any], rules: TokenRules, losses: ReferenceLosse
         candidates=candidates,
         tokens=row_hashes(labels, ids),
         ids=docs.ids,
+        rows=rows,
         packed=docs.packed,
         counts=_count(rules, docs, roles, labels, real, candidates),
     )
@@ -205,8 +211,8 @@ def _sample_id(batch: Mapping[str, Any], labels: Tensor) -> Tensor:
 
 def _look_up(
     docs: Documents, roles: Roles, labels: Tensor, losses: ReferenceLosses, texts: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """slot and reference of every label; checks that labels are those the teacher saw.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """slot and reference of every label, and the row of each document; checks that labels are those the teacher saw.
 
     texts: int64 [G], of each document what `text_hash` makes of it, which is checked likewise.
     """
@@ -231,7 +237,7 @@ def _look_up(
     slot = torch.where(roles.label, docs.spread(starts) + ranks, -1)
     reference = torch.zeros(slot.shape)
     reference[roles.label] = losses.at(docs.spread(rows).expand_as(slot)[roles.label], slot[roles.label])
-    return slot, reference
+    return slot, reference, torch.where(ids >= 0, rows, -1) if docs.packed else rows
 
 
 def _check_texts(ids: Tensor, texts: Tensor, read: Tensor) -> None:

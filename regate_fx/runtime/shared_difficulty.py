@@ -1,10 +1,11 @@
 """Difficulties of a run with several ranks: each observes its own samples, all agree at the end of an epoch.
 
-Shapes: B rows, S positions, T labels in the data set, k labels that one rank observed.
+Shapes: T labels in the data set, k labels that one rank observed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,9 @@ from torch import Tensor
 from regate_fx.errors import Unsupported
 from regate_fx.runtime import ranks
 from regate_fx.runtime.difficulty import Difficulty
+from regate_fx.runtime.samples import Samples
 from regate_fx.runtime.store import ReferenceLosses
+from regate_fx.runtime.visits import Visits
 
 logger = logging.getLogger("regate_fx")
 
@@ -31,18 +34,27 @@ class SharedDifficulty(Difficulty):
         super().__init__(losses.labels, beta)
         self._losses = losses
         self._gathered: Observed | None = None
+        self._visits = Visits(losses)
+        self._is_loaded = False
 
-    def observe(self, slot: Tensor, loss: Tensor, observed: Tensor, ids: Tensor) -> None:
-        """`update`, of which other ranks learn by `exchange`."""
+    @property
+    def repeats(self) -> int:
+        """How often this rank observed a sample again within an epoch, as far as `exchange` told epochs apart."""
+        return self._visits.repeats
+
+    def observe(self, samples: Samples, loss: Tensor, counted: Tensor) -> None:
+        """`update`, of which other ranks learn by `exchange`. loss: float [B, S]; counted: bool [B, S]."""
         self._gathered = None
-        self.update(slot, loss, observed, ids, apart=ranks.count() > 1)
+        self.update(samples.slot, loss, counted & samples.observed, samples.ids, apart=ranks.count() > 1)
+        self._visits.note(samples.rows)
 
     def exchange(self) -> None:
-        """Let every rank know what the others observed; a collective."""
+        """Let every rank know what the others observed; a collective. Tells one process that an epoch has ended."""
+        self._visits.begin()
         if ranks.count() == 1:
             return
-        observed = ranks.gather_labels(*self.own)
-        self._warn_of_repeats(observed)
+        observed, repeated = by_sample(ranks.gather_labels(*self.own), self._losses.starts)
+        self._warn_of_repeats(repeated)
         self.merge(observed)
         self._gathered = None
 
@@ -70,13 +82,19 @@ class SharedDifficulty(Difficulty):
         same_ranks = len(pending) == ranks.count()
         self.load(state["ema"], pending[ranks.rank()] if same_ranks else None)
         if not same_ranks:
-            self.merge(pending)
+            self.merge(by_sample(pending, self._losses.starts)[0])
         self._gathered = None
+        self._is_loaded = True
+        self._visits.forget()
 
-    def _warn_of_repeats(self, observed: Observed) -> None:
-        slots, times = torch.cat([slots for slots, _ in observed]).unique(return_counts=True)
-        rows = torch.searchsorted(self._losses.starts, slots[times > 1].cpu(), right=True) - 1
-        samples = self._losses.ids[rows.unique()].tolist()
+    def digest(self) -> str | None:
+        """Tells states apart that were loaded; of what all ranks know. None where none was."""
+        if not self._is_loaded:
+            return None
+        return hashlib.sha256(self.ema.cpu().contiguous().numpy().data).hexdigest()
+
+    def _warn_of_repeats(self, rows: Tensor) -> None:
+        samples = self._losses.ids[rows].tolist()
         if samples:
             logger.warning(
                 "%d samples were observed by several ranks since the last exchange (ids %s%s); the lowest rank's "
@@ -87,11 +105,38 @@ class SharedDifficulty(Difficulty):
             )
 
 
-def whole_ema(state: Mapping[str, Any]) -> Tensor:
-    """float32 [T]: the running means in a state, with what no rank has told the others yet."""
+def by_sample(observed: Observed, starts: Tensor) -> tuple[Observed, Tensor]:
+    """What ranks observed, of a sample that several did only what the lowest of them did: its labels belong together.
+
+    starts: int64 [n+1], each sample's first label; labels of a rank are ascending. Also the rows of such samples, on
+    the host.
+    """
+    kept, device = [], observed[0][0].device if observed else starts.device
+    starts = starts.to(device)
+    taken = torch.zeros(len(starts) - 1, dtype=torch.bool, device=device)
+    repeated = torch.zeros_like(taken)
+    for slots, values in observed:
+        bounds = torch.searchsorted(slots, starts)
+        has = bounds[1:] > bounds[:-1]
+        again = has & taken
+        if bool(again.any()):
+            others = ~again[torch.searchsorted(starts, slots, right=True) - 1]
+            slots, values = slots[others], values[others]
+        kept.append((slots, values))
+        taken |= has
+        repeated |= again
+    return kept, repeated.nonzero().flatten().cpu()
+
+
+def whole_ema(state: Mapping[str, Any], starts: Tensor | None = None) -> Tensor:
+    """float32 [T]: the running means in a state, with what no rank has told the others yet.
+
+    starts: of the reference losses, where they are at hand; see `by_sample`.
+    """
     difficulty = Difficulty(len(state["ema"]))
     difficulty.load(state["ema"])
-    difficulty.merge(unpack(state["pending"]))
+    pending = unpack(state["pending"])
+    difficulty.merge(pending if starts is None else by_sample(pending, starts)[0])
     return difficulty.ema
 
 

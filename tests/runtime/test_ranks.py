@@ -20,20 +20,26 @@ from restatement import Token
 from torch import Tensor
 
 from regate_fx.errors import InvalidInput, Unsupported
-from regate_fx.runtime import DualCycle, ReGate
+from regate_fx.runtime import DualCycle, ReferenceLosses, ReGate
+from regate_fx.runtime.policies import Random
+from regate_fx.runtime.shared_difficulty import by_sample
 
 RANKS = 2
 SAMPLES = 12
 SPARSE = DualCycle(keep=0.5, warmup=0, cycle=1, dense=0)
 
 
-def make_gate(schedule: DualCycle = SPARSE) -> ReGate:
+def made_up_losses(samples: int = SAMPLES) -> ReferenceLosses:
     generator = torch.Generator().manual_seed(5)
     docs = {}
-    for sample_id in range(SAMPLES):
+    for sample_id in range(samples):
         refs = torch.rand(9, generator=generator).tolist()
         docs[sample_id] = [Token(3 + t, 3 + t if t > 2 else -100, ref) for t, ref in enumerate(refs)]
-    return ReGate(reference_of(docs), schedule=schedule)
+    return reference_of(docs)
+
+
+def make_gate(schedule: DualCycle = SPARSE) -> ReGate:
+    return ReGate(made_up_losses(), schedule=schedule)
 
 
 def make_batch(samples: list[int]) -> dict[str, Any]:
@@ -134,6 +140,78 @@ def test_of_a_sample_that_both_draw_the_first_rank_counts(
     assert "1 samples were observed by several ranks" in said and "[7]" in said
 
 
+def test_of_a_sample_that_several_ranks_observed_all_labels_are_of_one() -> None:
+    starts = torch.tensor([0, 3, 3, 6, 9])
+    observed = [
+        (torch.tensor([0, 4]), torch.tensor([0.1, 0.2])),
+        (torch.tensor([0, 1, 8]), torch.tensor([1.1, 1.2, 1.3])),
+        (torch.tensor([2, 3, 6]), torch.tensor([2.1, 2.2, 2.3])),
+    ]
+    kept, repeated = by_sample(observed, starts)
+    assert [slots.tolist() for slots, _ in kept] == [[0, 4], [8], []]
+    assert kept[1][1].tolist() == [pytest.approx(1.3)]
+    assert repeated.tolist() == [0, 2, 3]
+    assert by_sample([], starts)[0] == []
+
+
+def test_labels_of_a_sample_that_both_draw_are_not_mixed(tmp_path: Path) -> None:
+    """The second rank counts labels that the first does not, of the same sample."""
+
+    def work(rank: int, folder: Path) -> Any:
+        gate = make_gate()
+        batch = make_batch([7])
+        counted = (batch["labels"] != -100) & (torch.arange(9) % 2 == rank)
+        gate.observe(batch, SimpleNamespace(token_loss=torch.full((1, 9), 1.0 + rank), counted=counted))
+        gate.gather()
+        state = gate.state_dict()
+        gate.exchange()
+        return gate.difficulty.ema, state
+
+    (ema, state), (of_other, _) = run_ranks(work, tmp_path)
+    assert bits(ema) == bits(of_other)
+    assert ema[ema.isfinite()].tolist() == [1.0] * 3
+    resumed = make_gate()
+    resumed.load_state_dict(state)
+    assert bits(resumed.difficulty.ema) == bits(ema)
+
+
+@pytest.mark.parametrize("exchanging", [False, True])
+def test_epochs_without_an_exchange_are_noticed_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, exchanging: bool
+) -> None:
+    def work(rank: int, folder: Path) -> Any:
+        gate = make_gate()
+        with caplog.at_level("WARNING", logger="regate_fx"):
+            for epoch in range(3):
+                for begin in range(0, SAMPLES, 4):
+                    step(gate, of_rank(rank)(begin), epoch)
+                if exchanging:
+                    gate.exchange()
+        return caplog.text, gate.difficulty.repeats
+
+    for rank, (said, repeats) in enumerate(run_ranks(work, tmp_path)):
+        noticed = f"sample {rank * 2} was observed again by this process since the last gate.exchange()"
+        assert said.count("was observed again") == said.count(noticed) == (0 if exchanging else 1)
+        assert repeats == (0 if exchanging else SAMPLES)
+
+
+def test_a_sample_that_comes_twice_in_an_epoch_of_one_process(caplog: pytest.LogCaptureFixture) -> None:
+    """A process alone tells its epochs apart by `exchange`, or not at all."""
+    gate = make_gate()
+    for epoch in range(2):
+        step(gate, [1, 2], epoch)
+    assert (caplog.text, gate.difficulty.repeats) == ("", 0)
+    for epoch in range(2):
+        gate.exchange()
+        for samples in ([1, 2], [3, 1], [4, 4], [2, 5]):
+            step(gate, samples, epoch)
+    assert caplog.text.count("was observed again") == caplog.text.count("sample 1 was observed again") == 1
+    assert gate.difficulty.repeats == 6
+    gate.load_state_dict(gate.state_dict())
+    step(gate, [1, 2], 2)
+    assert gate.difficulty.repeats == 6
+
+
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The state in the middle of the second epoch, and how the run went on from there."""
@@ -217,15 +295,52 @@ def test_a_distributed_checkpoint_of_two_ranks(tmp_path: Path) -> None:
         assert bits(ema) == bits(resumed)
 
 
-def test_ranks_that_disagree_stop_with_the_same_words(tmp_path: Path) -> None:
+def other_keep(rank: int) -> ReGate:
+    return make_gate(DualCycle(keep=0.5 - rank / 4, warmup=rank, cycle=1, dense=0))
+
+
+def other_losses(rank: int) -> ReGate:
+    return ReGate(made_up_losses(SAMPLES + rank), schedule=SPARSE)
+
+
+def other_seed(rank: int) -> ReGate:
+    return ReGate(made_up_losses(), schedule=SPARSE, policy=Random(seed=rank))
+
+
+def other_difficulties(rank: int) -> ReGate:
+    gate = make_gate()
+    step(gate, of_rank(rank)(0), 0)  # with which the ranks have agreed once
+    gate.gather()
+    state = gate.state_dict()
+    gate.load_state_dict({**state, "ema": torch.full_like(state["ema"], 1.0 + rank)})
+    return gate
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        (
+            other_keep,
+            r"keep: is 0\.5 on rank 0 and 0\.25 on rank 1, which differ in \['keep', 'warmup'\] altogether",
+        ),
+        (
+            other_losses,
+            r"losses: is '\w{64}' on rank 0 and '\w{64}' on rank 1\. Start every rank with the same store",
+        ),
+        (other_seed, r"policy\.seed: is 0 on rank 0 and 1 on rank 1\."),
+        (other_difficulties, r"difficulty: is '\w{64}' on rank 0 and '\w{64}' on rank 1\."),
+    ],
+    ids=["keep", "losses", "seed", "difficulties"],
+)
+def test_ranks_that_disagree_stop_with_the_same_words(
+    tmp_path: Path, other: Callable[[int], ReGate], problem: str
+) -> None:
     def work(rank: int, folder: Path) -> Any:
-        gate = make_gate(DualCycle(keep=0.5 - rank / 4, warmup=rank, cycle=1, dense=0))
+        gate = other(rank)
         with pytest.raises(InvalidInput) as caught:
             step(gate, of_rank(rank)(0), 0)
         return str(caught.value)
 
     said = run_ranks(work, tmp_path)
     assert said[0] == said[1]
-    assert (
-        "keep: is 0.5 on rank 0 and 0.25 on rank 1, which differ in ['keep', 'warmup'] altogether." in said[0]
-    )
+    assert re.match(problem, said[0])

@@ -20,9 +20,9 @@ from transformers.trainer_utils import IntervalStrategy
 from regate_fx import find_gated
 from regate_fx.errors import InvalidInput, Unsupported
 from regate_fx.integrations.callback import GateCallback
-from regate_fx.integrations.checkpoints import STATE
 from regate_fx.integrations.tally import Tally, Totals
 from regate_fx.runtime import ReGate
+from regate_fx.runtime.checkpoint import STATE
 
 
 def attach(trainer: Trainer, gate: ReGate | None = None) -> None:

@@ -19,6 +19,9 @@ from safetensors import SafetensorError
 from regate_fx.errors import StoreDamaged, StoreMismatch
 from regate_fx.runtime.store_files import publish
 
+STATE = "regate.safetensors"
+"""The file's name in a checkpoint's folder."""
+
 FORMAT = 1
 _HEADER = "regate"
 _REMEDY = "Resume from an older checkpoint."

@@ -96,3 +96,19 @@ def test_a_checkpoint_without_a_gate_is_refused(losses: ReferenceLosses, tmp_pat
     (tmp_path / "regate.safetensors").unlink()
     with pytest.raises(StoreMismatch, match="there is no state of a gate"):
         loop.accelerator.load_state(str(tmp_path))
+
+
+def test_a_state_saved_in_mid_accumulation_says_what_is_lost(
+    losses: ReferenceLosses, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = accelerator.prepare(torch.nn.Linear(1, 1))
+    gate = ReGate(losses)
+    register(accelerator, gate)
+    for batches in range(1, 5):
+        with accelerator.accumulate(model):
+            accelerator.save_state(str(tmp_path))
+        warned = "saved in the middle of a gradient accumulation" in caplog.text
+        assert warned == (batches % 2 == 1)
+        caplog.clear()
+        (tmp_path / "regate.safetensors").unlink()

@@ -99,8 +99,12 @@ def teacher(
         int | None, typer.Option(help="Most positions of a batch, padding included.")
     ] = None,
     samples_per_shard: Annotated[
-        int, typer.Option(help="Samples that a killed process loses at most.")
-    ] = 100_000,
+        int | None,
+        typer.Option(
+            help="Samples that a process takes at once, and loses at most when it is killed.  "
+            "[default: 1/256 of the data, 500 to 20,000; 5,000 of a stream]"
+        ),
+    ] = None,
     losses_dtype: Annotated[
         Literal["float32", "float16"],
         typer.Option(help="How losses are stored; float16 is off by at most 1 in 2048."),

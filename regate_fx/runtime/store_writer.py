@@ -32,7 +32,7 @@ from regate_fx.runtime.store import (
     shard_belonging,
 )
 
-SAMPLES_PER_SHARD = 100_000
+SAMPLES_PER_SHARD = 20_000
 
 _INTEGER = datasets.Value("int64")
 

@@ -20,14 +20,7 @@ from regate_fx.runtime.batches import POOL, Batch, Batching, Example
 from regate_fx.runtime.progress import PassProgress
 from regate_fx.runtime.store import LossType, ReferenceLosses, SampleLosses, read_manifest
 from regate_fx.runtime.store_files import MANIFEST
-from regate_fx.runtime.store_writer import (
-    SAMPLES_PER_SHARD,
-    Plan,
-    StoreWriter,
-    check_about,
-    check_samples,
-    is_finished,
-)
+from regate_fx.runtime.store_writer import Plan, StoreWriter, check_about, check_samples, is_finished
 from regate_fx.runtime.text_only import TextOnly, visual_token_ids
 from regate_fx.runtime.unchanged import UnchangedWindows, check_ids, check_some, identified, is_real
 from regate_fx.runtime.windows import Windows, fill
@@ -50,7 +43,7 @@ def teacher_losses(
     shifted: bool = True,
     batch_size: int | None = None,
     max_tokens_per_batch: int | None = None,
-    samples_per_shard: int = SAMPLES_PER_SHARD,
+    samples_per_shard: int | None = None,
     dtype: torch.dtype | None = None,
     losses_dtype: LossType = "float32",
     settings: Mapping[str, Any] | None = None,
@@ -74,7 +67,8 @@ def teacher_losses(
     shifted:       the teacher predicts label t at position t - 1
     batch_size:    most rows of a batch, 8 by default; with `max_tokens_per_batch`, most positions of a batch, padding
                    included, which is what decides memory, 256
-    samples_per_shard: samples that are lost when the pass is killed, at most, for each process
+    samples_per_shard: the unit of work, and what a process loses at most when it is killed; by default 1/256 of the
+                   data, at least 500 and at most 20,000, or 5,000 of a stream
     dtype:         run under autocast to this dtype, such as torch.bfloat16
     losses_dtype:  "float32", or "float16" for half the space: a loss x is then off by at most
                    max(x / 2048, 2 ** -25), and one above 65504 is refused
@@ -106,7 +100,7 @@ def teacher_losses(
     rows = most if batch_size is None else batch_size
     batching = Batching(collator or default_data_collator, rows, max_tokens_per_batch)
     batches = {"batch_size": rows, "max_tokens_per_batch": max_tokens_per_batch}
-    plan = Plan(about, windows.samples, samples_per_shard, losses_dtype, batches)
+    plan = Plan(about, windows.samples, windows.size, losses_dtype, batches)
     if _is_computed(Path(folder), plan):
         losses = ReferenceLosses.open(folder)
         check_some(losses, data, windows.samples, batching)

@@ -15,36 +15,49 @@ from torch.utils.data import IterableDataset
 
 from regate_fx.errors import InvalidInput
 from regate_fx.runtime.store import SampleLosses
-from regate_fx.runtime.store_writer import StoreWriter
+from regate_fx.runtime.store_writer import SAMPLES_PER_SHARD, StoreWriter
 
 Example = Mapping[str, Any]
 
 _SECONDS_BETWEEN_LOOKS = 0.2
+_WINDOWS = 256
+_FEWEST, _OF_A_STREAM = 500, 5_000
+
+
+def size_of_windows(samples: int | None) -> int:
+    """Samples of a window unless somebody says otherwise; samples: of the data set, None of a stream.
+
+    A window is what processes share the work by, and what a kill loses at most: in a small data set it is small, and a
+    large one has no more of them than a folder is quick to list.
+    """
+    if samples is None:
+        return _OF_A_STREAM
+    return min(max(-(-samples // _WINDOWS), _FEWEST), SAMPLES_PER_SHARD)
 
 
 class Windows:
     """The windows of a data set: an indexable one of known length, or a stream that is read from its beginning.
 
-    samples: number of samples, None of a stream; count: of windows, 0 of a stream.
+    samples: number of samples, None of a stream; size: samples of a window; count: of windows, 0 of a stream.
     """
 
-    def __init__(self, data: Any, size: int) -> None:
-        """size: samples of a window. Raises `InvalidInput` for data that can be read once only."""
+    def __init__(self, data: Any, size: int | None = None) -> None:
+        """size: by default that of `size_of_windows`. Raises `InvalidInput` for data that can be read once only."""
         if isinstance(data, Iterator):
             raise InvalidInput(
                 "data",
                 "is an iterator, which can be read only once.",
                 "Pass what it was made from, a sequence or an iterable data set.",
             )
-        if size < 1:
+        if size is not None and size < 1:
             raise InvalidInput("samples_per_shard", f"is {size}.", "Give at least 1.")
         self._data = data
-        self._size = size
         # Torch's iterable data sets have a __getitem__, which only raises.
         indexable = hasattr(data, "__getitem__") and not isinstance(data, IterableDataset)
         indexable = indexable and hasattr(data, "__len__")
         self.samples = len(data) if indexable else None
-        self.count = -(-(self.samples or 0) // size)
+        self.size = size_of_windows(self.samples) if size is None else size
+        self.count = -(-(self.samples or 0) // self.size)
 
     def sweep(self, first: int = 0) -> Iterator[tuple[int, Iterator[Example]]]:
         """Every window with its examples, which are read when asked for; not to be asked for after the next window.
@@ -56,8 +69,8 @@ class Windows:
             return
         for step in range(self.count):
             window = (first + step) % self.count
-            begin = window * self._size
-            rows = range(begin, min(begin + self._size, self.samples))
+            begin = window * self.size
+            rows = range(begin, min(begin + self.size, self.samples))
             yield window, (self._data[row] for row in rows)
 
     def _stream(self) -> Iterator[tuple[int, Iterator[Example]]]:
@@ -66,14 +79,14 @@ class Windows:
             first = list(itertools.islice(examples, 1))
             if not first:
                 return
-            inside = itertools.chain(first, itertools.islice(examples, self._size - 1))
+            inside = itertools.chain(first, itertools.islice(examples, self.size - 1))
             yield window, inside
             for _ in inside:
                 pass
 
     def length(self, window: int) -> int:
         """Samples of a window; of a stream, at most so many."""
-        return self._size if self.samples is None else min(self._size, self.samples - window * self._size)
+        return self.size if self.samples is None else min(self.size, self.samples - window * self.size)
 
 
 def fill(

@@ -71,6 +71,25 @@ def test_what_can_be_read_once_is_refused() -> None:
         Windows([1, 2], 0)
 
 
+@pytest.mark.parametrize(
+    ("samples", "size", "count"),
+    [
+        (0, 500, 0),
+        (500, 500, 1),
+        (4_000, 500, 8),
+        (128_001, 501, 256),
+        (1_000_000, 3_907, 256),
+        (10_000_000, 20_000, 500),
+    ],
+)
+def test_windows_are_small_enough_to_share_and_few_enough_to_list(
+    samples: int, size: int, count: int
+) -> None:
+    windows = Windows(range(samples))
+    assert (windows.size, windows.count) == (size, count)
+    assert Windows(Stream(range(samples))).size == 5_000
+
+
 def test_data_sets_are_told_from_streams() -> None:
     rows = datasets.Dataset.from_dict({"x": [1, 2, 3, 4]})
     assert Windows(rows, 3).samples == 4

@@ -1,8 +1,9 @@
 """Scenes of four handwritten digits, and what an assistant says about them.
 
-The digits are real (scikit-learn's copy of the UCI optical recognition set, 8 x 8 pixels, 43 writers). Four of them,
-drawn twice as large, fill the quarters of a scene. Each instruction has its own answer, in which only the four
-digit words can be known from the picture, and a noun or two from nothing at all.
+The digits are real (scikit-learn's copy of the test half of the UCI optical recognition set, 8 x 8 pixels, 13
+writers, who are not named). Four of them, drawn twice as large, fill the quarters of a scene. Each instruction has
+its own answer, in which only the four digit words can be known from the picture, and a noun or two from nothing at
+all.
 
 Shapes: B scenes, S positions.
 """
@@ -93,7 +94,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Digits:
-    """Images float32 [n, 8, 8] between 0 and 1, and the digit that each shows; four fifths are for training."""
+    """Images float32 [n, 8, 8] between 0 and 1, and the digit that each shows; four fifths of them, whoever wrote
+    them, are for training."""
 
     def __init__(self) -> None:
         loaded = load_digits()

@@ -5,10 +5,10 @@
     python examples/digits_vlm.py --seeds 0 1 2    # three times, from other weights, scenes and orders
 
 The digits come with scikit-learn; nothing is downloaded. The model's language half has learned to write the answers
-without seeing any picture, its vision half to tell single digits apart. What is left to learn is to say what is
-where. The language half, frozen as it is now, is the teacher: words that it expects anyway teach little, the four
-digit words of an answer are those it cannot know. Both runs start from the same weights and see the same batches.
-Table, figures and numbers go to `digits_vlm/`.
+without seeing any picture, its vision half, from labelled ones, to tell single digits apart. What is left to learn is
+to say what is where. The language half, frozen as it is now, is the teacher: words that it expects anyway teach
+little, the four digit words of an answer are those it cannot know. Both runs start from the same weights and see the
+same batches. Table, figures and numbers go to `digits_vlm/`.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def watched(count: int, what: str) -> Iterable[int]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, held_out: Sequence[dict[str, Any]]) -> float:
-    """Share of the digit words that are the model's first choice, in scenes by writers it never saw."""
+    """Share of the digit words that are the model's first choice, in scenes of digit images it never saw."""
     model.eval()
     right = total = 0
     for begin in range(0, len(held_out), 64):

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from regate_fx.errors import InvalidInput, Unsupported
 from regate_fx.ops import attention_explicit, attention_flash_cpu
-from regate_fx.ops.attention import supported, varlen_attention
+from regate_fx.ops.attention import supported, varlen_attention, varlen_attention_backward
 from regate_fx.ops.attention_kernels import Kernel, choose_kernel
 
 MASKS = [
@@ -201,6 +201,15 @@ def test_opcheck(case: Case, dtype: torch.dtype) -> None:
     batch = Batch(case, dtype)
     torch.library.opcheck(varlen_attention, (*batch.leaves(), *batch.rest()))
     torch.library.opcheck(varlen_attention, (*batch.qkv, *batch.rest(dropout_p=0.2, seed=3)))
+
+
+@pytest.mark.parametrize("case", [Case(lengths=(0, 3, S)), Case(window=4, widths=(8, 5)), MASKS[7]], ids=str)
+@pytest.mark.parametrize("dropout", [{}, {"dropout_p": 0.2, "seed": 3}], ids=["kept", "dropped"])
+def test_opcheck_of_the_backward(case: Case, dropout: dict[str, float]) -> None:
+    batch = Batch(case, torch.float32)
+    rest = batch.rest(**dropout)
+    results = varlen_attention(*batch.qkv, *rest)
+    torch.library.opcheck(varlen_attention_backward, (batch.grad_out, *batch.qkv, *results, *rest))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -23,11 +23,11 @@ def anchor(
 
     Takes the tensors of `regate_fx.plan.TokenPlan`, the padding mask [B, S] it was made with and the labels [B, S];
     returns placeholders for the token losses, float32 [B, S], and the counted labels, bool [B, S]. A graph in which
-    the passes found no loss runs this body: NaN says that nothing was written.
+    the passes found no loss runs this body: no label has a loss of minus infinity, so that it says that nothing was
+    written, and whoever takes it for one finds it not finite.
     """
-    return row_of.new_full(row_of.shape, float("nan"), dtype=torch.float32), torch.zeros_like(
-        row_of, dtype=torch.bool
-    )
+    nothing_written = row_of.new_full(row_of.shape, -torch.inf, dtype=torch.float32)
+    return nothing_written, torch.zeros_like(row_of, dtype=torch.bool)
 
 
 @anchor.register_fake
@@ -45,7 +45,10 @@ def _(
 
 @torch.library.custom_op("regate_fx::cast", mutates_args=())
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)`, kept by normalisation even where it takes `x` for being of that dtype already."""
+    """`x.to(dtype)`, kept by normalisation even where it takes `x` for being of that dtype already.
+
+    It has no derivative: `aten._to_copy` is back in its place before any is taken.
+    """
     return x.to(dtype, copy=True)
 
 

@@ -7,6 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
+# What both commands say of the data, so that one is told of them as the other was.
+_COLLATOR = (
+    "module:function that makes a batch of a list of examples; if it takes a second argument, the processor. By "
+    "default examples hold a text, or input_ids and perhaps labels."
+)
+_MAX_LENGTH = "Truncate texts to so many tokens; without a collator of your own."
+_SPLIT = "Split of the data set."
+_NUMBER = "Number samples in their order, in place of a sample_id."
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
@@ -17,16 +26,26 @@ def regate_fx() -> None:
 
 @app.command()
 def inspect(
-    paths: Annotated[list[Path], typer.Argument(help="A store's folder, a gate's checkpoint, or both.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help="A store's folder, a gate's checkpoint or the folder it is in, or both."),
+    ],
     data: Annotated[
-        Path | None, typer.Option(help="The data set: a folder of save_to_disk, or json, jsonl, parquet.")
+        str | None,
+        typer.Option(help="A data set saved to disk, a json, jsonl, csv or parquet file, or a hub name."),
     ] = None,
-    collator: Annotated[
-        str | None, typer.Option(help="module:function that makes a batch of a list of examples.")
+    processor: Annotated[
+        str | None,
+        typer.Option(
+            "--processor",
+            "--tokenizer",
+            help="Folder or hub name of the processor or tokenizer, which shows tokens as text.",
+        ),
     ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or hub name of the tokenizer, which shows tokens as text.")
-    ] = None,
+    collator: Annotated[str | None, typer.Option(help=_COLLATOR)] = None,
+    max_length: Annotated[int | None, typer.Option(help=_MAX_LENGTH)] = None,
+    split: Annotated[str, typer.Option(help=_SPLIT)] = "train",
+    number: Annotated[bool, typer.Option("--number", help=_NUMBER)] = False,
     sample: Annotated[
         list[int] | None, typer.Option(help="Id of a sample to show; more than once for several.")
     ] = None,
@@ -49,8 +68,11 @@ def inspect(
         command.Inspection(
             paths=paths,
             data=data,
+            processor=processor,
             collator=collator,
-            tokenizer=tokenizer,
+            max_length=max_length,
+            split=split,
+            number=number,
             samples=tuple(sample or ()),
             keep=keep,
             policy=policy,
@@ -72,21 +94,11 @@ def teacher(
     processor: Annotated[
         str | None, typer.Option(help="Folder or hub name of the processor or tokenizer.  [default: MODEL]")
     ] = None,
-    collator: Annotated[
-        str | None,
-        typer.Option(
-            help="module:function that makes a batch of a list of examples; if it takes a second argument, the "
-            "processor. By default examples hold a text, or input_ids and perhaps labels."
-        ),
-    ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Truncate texts to so many tokens; without a collator of your own.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    collator: Annotated[str | None, typer.Option(help=_COLLATOR)] = None,
+    max_length: Annotated[int | None, typer.Option(help=_MAX_LENGTH)] = None,
+    split: Annotated[str, typer.Option(help=_SPLIT)] = "train",
     streaming: Annotated[bool, typer.Option("--streaming", help="Read the data set as a stream.")] = False,
-    number: Annotated[
-        bool, typer.Option("--number", help="Number samples in their order, in place of a sample_id.")
-    ] = False,
+    number: Annotated[bool, typer.Option("--number", help=_NUMBER)] = False,
     teacher_model: Annotated[
         str | None, typer.Option("--teacher", help="Another text model as teacher, of the same tokenizer.")
     ] = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.columns import Columns
@@ -13,7 +14,7 @@ from rich.progress import track
 
 from regate_fx.errors import InvalidInput, RegateError
 from regate_fx.inspection import terminal
-from regate_fx.inspection.data import Examples, TokenTexts, named_object, open_examples, open_tokenizer
+from regate_fx.inspection.data import Examples, TokenTexts
 from regate_fx.inspection.page import write_page
 from regate_fx.inspection.run import GateState, Run, open_run
 from regate_fx.inspection.statistics import (
@@ -26,6 +27,7 @@ from regate_fx.inspection.statistics import (
 from regate_fx.inspection.tokens import SampleView, SampleViewer
 from regate_fx.runtime import ReferenceLosses
 from regate_fx.runtime.label_table import has_teacher
+from regate_fx.runtime.loading import load_collator, load_data, load_processor, named_object
 
 # Of a state that comes without its store, every so many labels are looked at where there are more than these.
 _MOST_LABELS = 10_000_000
@@ -41,9 +43,12 @@ class Inspection:
     """What to look at, as the command line names it; see `regate_fx.cli.inspect`."""
 
     paths: Sequence[Path]
-    data: Path | None = None
+    data: str | None = None
+    processor: str | None = None
     collator: str | None = None
-    tokenizer: str | None = None
+    max_length: int | None = None
+    split: str = "train"
+    number: bool = False
     samples: Sequence[int] = ()
     keep: float | None = None
     policy: str | None = None
@@ -73,9 +78,12 @@ class Inspection:
         console.print(terminal.histogram(_TITLES["ema"], student))
 
     def _show_store(self, run: Run, losses: ReferenceLosses, console: Console) -> None:
-        examples = None if self.data is None else open_examples(self.data)
-        texts = open_tokenizer(self.tokenizer)
-        viewer = self._viewer(run, losses)
+        examples = None
+        if self.data is not None:
+            examples = Examples(load_data(self.data, self.split, number=self.number))
+        processor = None if self.processor is None else load_processor(self.processor)
+        texts = TokenTexts(getattr(processor, "tokenizer", processor))
+        viewer = self._viewer(run, losses, processor)
         labels = labels_of(losses, None if run.state is None else run.state.ema)
         known = _known(run, losses)
         _show_spreads(labels, known, losses, console)
@@ -95,8 +103,10 @@ class Inspection:
             write_page(self.html, views, "Which tokens were kept, and why")
             console.print(f"Page: {self.html}")
 
-    def _viewer(self, run: Run, losses: ReferenceLosses) -> SampleViewer:
-        collator = None if self.collator is None else named_object("collator", self.collator)
+    def _viewer(self, run: Run, losses: ReferenceLosses, processor: Any) -> SampleViewer:
+        collator = None
+        if self.collator is not None or processor is not None:
+            collator = load_collator(self.collator, processor, self.max_length)
         policy = self.policy
         if policy is not None and ":" in policy:
             policy = named_object("policy", policy)

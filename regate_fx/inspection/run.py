@@ -18,8 +18,10 @@ from torch import Tensor
 
 from regate_fx.errors import InvalidInput, StoreMismatch
 from regate_fx.runtime import ReferenceLosses
+from regate_fx.runtime.checkpoint import STATE
 from regate_fx.runtime.checkpoint import read_state as read_saved
 from regate_fx.runtime.shared_difficulty import whole_ema
+from regate_fx.runtime.store_files import MANIFEST
 
 # What reading raises where a file is no state, or holds something else under a state's names.
 _NO_STATE = (
@@ -60,20 +62,21 @@ class Run:
 
 
 def open_run(paths: Sequence[str | os.PathLike[str]]) -> Run:
-    """Open a store (a folder), a gate's state (a file), or one of each.
+    """Open a store (a folder), a gate's state (a file, or a checkpoint's folder with one in it), or one of each.
 
     Raises `InvalidInput` for two of a kind, `StoreMismatch` where a path holds neither, or the state belongs to
     other reference losses.
     """
-    folders = [Path(path) for path in paths if Path(path).is_dir()]
-    files = [Path(path) for path in paths if not Path(path).is_dir()]
+    named = [_named(Path(path)) for path in paths]
+    folders = [path for path in named if path.is_dir()]
+    files = [path for path in named if not path.is_dir()]
     for kind, found in (("stores", folders), ("checkpoints", files)):
         if len(found) > 1:
             raise InvalidInput(
                 "paths", f"name {len(found)} {kind}.", "Give one store, one checkpoint, or both."
             )
     losses = ReferenceLosses.open(folders[0]) if folders else None
-    state = read_state(files[0]) if files else None
+    state = read_state(files[0], losses) if files else None
     if losses is not None and state is not None and losses.fingerprint != state.fingerprint:
         raise StoreMismatch(
             str(files[0]),
@@ -83,9 +86,22 @@ def open_run(paths: Sequence[str | os.PathLike[str]]) -> Run:
     return Run(losses, state)
 
 
-def read_state(path: Path) -> GateState:
-    """Read what `gate.save(path)` or `torch.save(gate.state_dict(), path)` wrote. Raises `StoreMismatch`, and
-    `StoreDamaged` for a file of the first kind."""
+def _named(path: Path) -> Path:
+    """The store's folder or the gate's state that a path stands for."""
+    if not path.is_dir() or (path / MANIFEST).exists():
+        return path
+    if (path / STATE).is_file():
+        return path / STATE
+    raise StoreMismatch(
+        str(path),
+        f"it holds neither {MANIFEST}, as a store does, nor {STATE}, as a checkpoint does.",
+        "Name the folder of a finished teacher pass, or of a checkpoint that was saved with a gate.",
+    )
+
+
+def read_state(path: Path, losses: ReferenceLosses | None = None) -> GateState:
+    """Read what `gate.save(path)` or `torch.save(gate.state_dict(), path)` wrote; losses: those it belongs to, if they
+    are at hand. Raises `StoreMismatch`, and `StoreDamaged` for a file of the first kind."""
     if not path.exists():
         raise StoreMismatch(str(path), "there is nothing.", "Name a store's folder or a gate's checkpoint.")
     try:
@@ -93,8 +109,12 @@ def read_state(path: Path) -> GateState:
         saved = (
             read_saved(path) if is_file_of_gate else torch.load(path, map_location="cpu", weights_only=True)
         )
+        starts = losses.starts if losses is not None and losses.fingerprint == saved["fingerprint"] else None
         return GateState(
-            whole_ema(saved), int(saved["global_step"]), saved["fingerprint"], dict(saved["settings"])
+            whole_ema(saved, starts),
+            int(saved["global_step"]),
+            saved["fingerprint"],
+            dict(saved["settings"]),
         )
     except _NO_STATE as error:
         raise StoreMismatch(

@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from regate_fx import cli
-from regate_fx.errors import InvalidInput, StoreMismatch
-from regate_fx.inspection.data import Examples, TokenTexts, open_examples
+from regate_fx.errors import StoreMismatch
+from regate_fx.inspection.data import TokenTexts
 from regate_fx.inspection.page import render
 from regate_fx.inspection.run import open_run, read_state
 from regate_fx.inspection.statistics import TokenMeans, hardest_and_easiest, labels_of, spread
@@ -48,6 +48,11 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 
     ids = padded("input_ids", PAD)
     return {"input_ids": ids, "labels": padded("labels", -100), "attention_mask": (ids != PAD).long()}
+
+
+def with_processor(rows: list[dict[str, Any]], processor: Any) -> dict[str, Tensor]:
+    assert processor.pad_token == "w0"
+    return collate(rows)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gate.difficulty.load(ema.where(ema > 0.2, torch.nan))
     gate.global_step = 1234
     torch.save(gate.state_dict(), folder / "gate.pt")
-    datasets.Dataset.from_list(data).save_to_disk(folder / "data")
+    (folder / "checkpoint-5").mkdir()
+    gate.save(folder / "checkpoint-5" / "regate.safetensors")
+    rows = datasets.Dataset.from_list(data)
+    rows.save_to_disk(folder / "data")
+    datasets.DatasetDict({"train": rows}).save_to_disk(folder / "all")
+    rows.to_parquet(folder / "rows.parquet")
     words = models.WordLevel({word: i for i, word in WORDS.items()}, unk_token="w0")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="w0", eos_token="w2")
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -397,6 +407,33 @@ def test_the_command(here: Path, tmp_path: Path) -> None:
     assert Page(page.read_text()).tags
 
 
+@pytest.mark.parametrize("options", [[], ["--collator", "my_training:with_processor"]])
+@pytest.mark.parametrize("data", ["all", "rows.parquet"])
+def test_data_are_named_as_for_the_teacher(here: Path, data: str, options: list[str]) -> None:
+    shown = inspect("store", "--data", data, "--processor", "tokenizer", "--sample", "11", *options)
+    assert re.search(r"Sample 11 .*share 0.5", shown)
+    assert "w14" in shown and "w21" in shown
+
+
+def test_samples_without_an_id_are_numbered(folder: Path, tmp_path: Path) -> None:
+    rows = [{name: value for name, value in example(3).items() if name != "sample_id"}]
+    datasets.Dataset.from_list(rows).to_json(tmp_path / "rows.json")
+    numbered = [{"sample_id": 0, **rows[0]}]
+    teacher_losses(
+        build("llama"), numbered, tmp_path / "store", collator=collate, placeholder_id=PAD, progress=False
+    )
+    arguments = ["--data", str(tmp_path / "rows.json"), "--tokenizer", str(folder / "tokenizer")]
+    assert "Sample 0 " in inspect(str(tmp_path / "store"), *arguments, "--number")
+
+
+def test_the_folder_of_a_checkpoint(here: Path) -> None:
+    for arguments in (["store", "checkpoint-5"], ["checkpoint-5/regate.safetensors", "store"]):
+        shown = inspect(*arguments, "--sample", "12")
+        assert "Checkpoint after 1,234 optimizer steps." in shown
+        assert "share 0.4" in shown
+    assert "student's running mean" in inspect("checkpoint-5")
+
+
 def test_the_command_with_less(here: Path) -> None:
     shown = inspect("store")
     assert "Hardest and easiest labels by teacher's loss" in shown
@@ -411,7 +448,10 @@ def test_the_command_with_less(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data"], r"data: it holds no manifest\.json"),
+        (
+            ["data"],
+            r"data: it holds neither manifest\.json, as a store does, nor regate\.safetensors, as a ch",
+        ),
         (["nowhere"], r"nowhere: there is nothing\."),
         (["store", "store"], r"paths: name 2 stores\."),
         (["gate.pt", "--sample", "3"], r"paths: name no store to look samples up in\."),
@@ -420,12 +460,15 @@ def test_the_command_with_less(here: Path) -> None:
         (["weights.pt"], r"weights\.pt: it is no saved state of a gate \(KeyError\)"),
         (["store", "--sample", "99"], r"sample_id: \[99\] are not among the 4 samples"),
         (["store", *DATA, "--sample", "99"], r"sample: 99 is not in the data\."),
-        (["store", "--data", "nothing"], r"data: nothing is not there\."),
-        (["store", "--data", "gate.pt"], r"data: gate\.pt is no json, jsonl or parquet file\."),
+        (["store", "--data", "./nothing"], r"data: \./nothing is not there\."),
+        (["store", "--data", "gate.pt"], r"data: gate\.pt is none of \['\.csv', '\.json'"),
         (
-            ["store", "--data", "no_ids.json"],
-            r"data: has columns \['input_ids', 'labels'\] and no sample_id\.",
+            ["store", "--data", "broken.json"],
+            r"data: broken\.json cannot be read: .* Give a folder of save_to_disk",
         ),
+        (["store", "--data", "all", "--split", "test"], r"split: is 'test', the data set has \['train'\]"),
+        (["store", "--data", "no_ids.json"], r"sample_id: is no column of no_ids\.json, which has \['input_"),
+        (["store", *DATA[:2], "--collator", "my_training:with_processor"], r"processor: is needed by my_tra"),
         (
             ["store", "--data", "relabelled.json", *DATA[2:]],
             r"sample_id: the labels of sample 3 are not those",
@@ -436,7 +479,7 @@ def test_the_command_with_less(here: Path) -> None:
             ["store", *DATA[:2], "--collator", "my_training:f"],
             r"collator: 'my_training:f' cannot be imported",
         ),
-        (["store", "--tokenizer", "data"], r"tokenizer: none could be loaded from 'data'"),
+        (["store", "--tokenizer", "data"], r"processor: cannot be loaded from 'data'"),
         (["store", "--policy", "best"], r"policy: is 'best'\."),
         (["store", "own.pt"], r"policy: of the run is 'Last', one of your own\. Name it as module:object\."),
         (["store", "--keep", "1.5"], r"keep: is 1\.5\."),
@@ -448,21 +491,14 @@ def test_what_is_refused(here: Path, arguments: list[str], message: str) -> None
     torch.save({**state, "fingerprint": "another"}, here / "other.pt")
     torch.save({**state, "settings": policies.policy_settings(LAST)}, here / "own.pt")
     torch.save({"weight": torch.ones(1)}, here / "weights.pt")
-    (here / "broken.pt").write_bytes(b"nothing of the kind")
+    for name in ("broken.pt", "broken.json"):
+        (here / name).write_bytes(b"nothing of the kind")
     row = example(3)
     rows = datasets.Dataset.from_list([row])
     rows.remove_columns("sample_id").to_json(here / "no_ids.json")
     datasets.Dataset.from_list([{**row, "labels": row["labels"][::-1]}]).to_json(here / "relabelled.json")
     result = CliRunner().invoke(cli.app, ["inspect", *arguments])
     assert result.exit_code == 1
-    assert re.search(rf"^(InvalidInput|StoreMismatch) \S*{message}", result.stderr, re.MULTILINE), (
-        result.stderr
-    )
-
-
-def test_data_in_splits_is_refused(tmp_path: Path) -> None:
-    datasets.DatasetDict({"train": datasets.Dataset.from_list([example(3)])}).save_to_disk(tmp_path / "all")
-    with pytest.raises(InvalidInput, match=r"data: .*all holds \['train'\]\. Name one of them"):
-        open_examples(tmp_path / "all")
-    datasets.Dataset.from_list([example(3)]).to_parquet(tmp_path / "one.parquet")
-    assert Examples.of(open_examples(tmp_path / "one.parquet"), 3)["labels"] == example(3)["labels"]
+    assert re.search(
+        rf"^(InvalidInput|StoreMismatch) \S*{message}", result.stderr, re.MULTILINE | re.DOTALL
+    ), result.stderr

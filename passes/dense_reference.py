@@ -9,12 +9,13 @@ Shapes: B samples, S positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import Axes, Cut, Token, has_token
+from regate_fx.passes.axes import Axes, Cut, Factor, Token, has_token
 from regate_fx.passes.base import PassContext, PassResult, Refused, fake, fake_mode_of, operator_name
 from regate_fx.passes.contractions import operands_of, with_operand, zeroed
 from regate_fx.passes.emit import Emitter
@@ -31,7 +32,8 @@ aten = torch.ops.aten
 class DenseReference:
     """Mask the captured graph in place instead of rewriting it on active rows.
 
-    Refuses models without a residual stream, of which no layer's input and output could be named.
+    Rewrites every gated layer and every loss. Refuses models without a residual stream, of which no layer's input and
+    output could be named, and values whose token axes are folded with features.
     """
 
     name: str = "dense_reference"
@@ -39,15 +41,15 @@ class DenseReference:
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         rewrite = _Reference(gm, ctx)
-        for layer in rewrite.stack.layers:
-            if layer.refused is None:
-                rewrite.mask_layer(layer)
+        gated = [layer for layer in rewrite.stack.layers if layer.refused is None]
+        for layer in gated:
+            rewrite.mask_layer(layer)
         losses = [node for node, kind in rewrite.analysis.kinds.items() if kind is Kind.LOSS]
         for node in losses:
             rewrite.mask_loss(node)
         ctx.findings["loss"] = bool(losses)
         gm.recompile()
-        return PassResult(gm, len(rewrite.stack.layers))
+        return PassResult(gm, len(gated) + len(losses))
 
 
 class _Reference:
@@ -83,17 +85,25 @@ class _Reference:
             user.replace_input_with(end, held)
         self.held[end] = held
 
-    def _along(self, grid: fx.Node, axes: Axes, only: int | None = None) -> fx.Node:
-        """A [B, S] grid shaped to broadcast to a value of `axes`, along its sequence axis (dimension `only`)."""
+    def _along(self, grid: fx.Node, axes: Axes) -> fx.Node:
+        """A [B, S] grid shaped to broadcast to a value of `axes`."""
         shape: list[fx.Node | int] = []
-        for index, dim in enumerate(axes.dims):
-            tokens = tuple(
-                factor for factor in dim if factor is Token.B or (factor is Token.S and only in (None, index))
-            )
-            if len(dim) > 1 and tokens and dim not in ((Token.B, Token.S),):
+        for dim in axes.dims:
+            if dim in ((Token.B, Token.S), (Token.S, Token.B)):
+                shape.append(-1)
+            elif dim in ((Token.B,), (Token.S,)):
+                shape.append(self._size(Token.B if dim == (Token.B,) else Token.S))
+            elif has_token(dim):
                 raise Refused("layout", "the reference does not mask an axis that folds tokens with features")
-            shape.append(-1 if dim == (Token.B, Token.S) else self._size(tokens[0]) if tokens else 1)
-        return self.emit.call(aten.reshape.default, grid, shape)
+            else:
+                shape.append(1)
+        return self.emit.call(aten.reshape.default, self._in_order(grid, axes.factors), shape)
+
+    def _in_order(self, grid: fx.Node, factors: Sequence[Factor]) -> fx.Node:
+        """A [B, S] grid, as [S, B] where the sequence comes first in what it is to meet."""
+        tokens = [factor for factor in factors if isinstance(factor, Token)]
+        is_turned = tokens[:1] == [Token.S] and Token.B in tokens
+        return self.emit.call(aten.transpose.int, grid, 0, 1) if is_turned else grid
 
     def _size(self, token: Token) -> fx.Node | int:
         return self.emit.size(self.plan.row_of, 0 if token is Token.B else 1)
@@ -133,7 +143,7 @@ class _Reference:
         return self.emit.call(aten.where.ScalarOther, visible, value, filler)
 
     def _folded(self, grid: fx.Node, axes: Axes, dim: int) -> fx.Node:
-        """As `_along`, also where heads are folded into the batch axis: `(B, H)`."""
+        """As `_along` for the sequence axis `dim`, also where heads are folded into the batch axis: `(B, H)`."""
         shape: list[fx.Node | int] = []
         wide: list[fx.Node | int] = []
         for index, factors in enumerate(axes.dims):
@@ -153,7 +163,7 @@ class _Reference:
             else:
                 shape.append(1)
                 wide.append(1)
-        view = self.emit.call(aten.reshape.default, grid, shape)
+        view = self.emit.call(aten.reshape.default, self._in_order(grid, axes.factors), shape)
         expanded = self.emit.call(aten.expand.default, view, wide)
         sizes: list[fx.Node | int] = [
             self._size(Token.S) if i == dim else -1 if factors else 1 for i, factors in enumerate(axes.dims)
@@ -210,8 +220,10 @@ class _Reference:
 
     def _logits_rows(self, op: Operands) -> fx.Node:
         """bool [rows of the logits]: which are active."""
-        active = self.active
-        for factor in op.axes("self").dims[0]:
+        active, rows = self.active, op.axes("self").dims[0]
+        if Token.B in rows and rows[0] is not Token.B:
+            raise Refused("loss", "orders the rows of the logits in an unknown way", op.node)
+        for factor in rows:
             if isinstance(factor, Cut):
                 end = -factor.tail if factor.tail else 2**63 - 1
                 active = self.emit.call(aten.slice.Tensor, active, 1, factor.head, end)

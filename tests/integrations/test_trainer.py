@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from small_models import build
 from test_gate import docs, examples, losses, make, pad_right
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
 
 import regate_fx
 from regate_fx.errors import Bypassed, InvalidInput, Unsupported
@@ -264,6 +266,43 @@ def test_a_replaced_forward_may_not_forget_the_gated_one(docs: Any, losses: Any)
     assert gated.eval()(**batch).dim() == 0
     gated.train().gating = False
     assert gated(**batch).dim() == 0
+
+
+class Scalars:
+    """Stands in for the SummaryWriter of tensorboardX."""
+
+    def __init__(self, log_dir: str) -> None:
+        self.log_dir = log_dir
+
+    scalars: ClassVar[dict[str, list[tuple[int, Any]]]] = {}
+
+    def add_scalar(self, name: str, value: Any, step: int) -> None:
+        self.scalars.setdefault(name, []).append((step, value))
+
+    def add_text(self, *_: Any) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_tensorboard_draws_what_the_gate_logs(
+    docs: Any, losses: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Trainer's own callback, which takes numbers and drops tensors."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Scalars))
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.setattr(Scalars, "scalars", {})
+    _, trainer = trained(docs, losses, tmp_path, report_to="tensorboard")
+    assert [step for step, _ in Scalars.scalars["train/regate/keep_ratio"]] == [1, 2, 3]
+    for name in ("active_tokens", "keep_ratio", "flops_saved"):
+        drawn = [value for _, value in Scalars.scalars[f"train/regate/{name}"]]
+        assert all(type(value) in (int, float) for value in drawn)
+        assert drawn == [entry[f"regate/{name}"] for entry in trainer.state.log_history[:-1]]
 
 
 def test_gating_switched_off_is_dense_training(docs: Any, losses: Any, tmp_path: Path) -> None:

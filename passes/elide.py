@@ -173,13 +173,15 @@ class Rewriter:
         elif held is not None:
             return held
         if node.op == "call_function" and not any(is_tensor(source) for source in node.all_input_nodes):
-            operands = [self.symint(arg, layout) if isinstance(arg, fx.Node) else arg for arg in node.args]
-            if not any(isinstance(operand, fx.Node) for operand in operands):
-                return node.target(*operands)
-            return self.emit.call(node.target, *operands)
+            return self._computed(node, fx.map_arg(node.args, lambda arg: self.symint(arg, layout)))
         if node.target is aten.sym_size.int:
             return self._size_of(node, layout)
         raise Refused("size", f"a size {expr} cannot be made anew for the active rows", node)
+
+    def _computed(self, node: fx.Node, operands: tuple[Any, ...]) -> Any:
+        found: list[fx.Node] = []
+        fx.map_arg(operands, found.append)
+        return self.emit.call(node.target, *operands) if found else node.target(*operands)
 
     def _number(self, node: fx.Node, layout: Layout) -> fx.Node:
         """Read again, even if the capture learned its value from an assert: that assert is to be checked."""

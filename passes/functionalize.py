@@ -7,14 +7,15 @@ cross_entropy_loss, dropout) whole and keeps shapes symbolic.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
-from torch._functorch.aot_autograd import GraphSignature, aot_export_module
 
 from regate_fx.passes.base import PassContext, PassResult, Refused, operator_name, reads_number
 from regate_fx.passes.casts import pin_casts, release_casts
+from regate_fx.passes.functional_trace import functional_trace
 from regate_fx.passes.functions import FUNCTION_APPLY, shield, unshield
 from regate_fx.passes.grad_mode import refuse_writes_without_grad
 from regate_fx.passes.numbers import pin_numbers
@@ -45,10 +46,9 @@ class Functionalize:
         pin_numbers(gm)
         placeholders = gm.graph.find_nodes(op="placeholder")
         inputs = [node.meta["example_value"] for node in placeholders]
-        normal, signature = aot_export_module(gm, inputs, trace_joint=False, pre_dispatch=True)
-        assert isinstance(normal, fx.GraphModule)
+        normal, mutated = functional_trace(gm, inputs)
         rewrites = unshield(normal, shielded)
-        rewrites += _restore_mutations(normal, signature)
+        rewrites += _restore_mutations(normal, mutated)
         rewrites += _make_differentiable(normal)
         rewrites += _drop_asserts(normal)
         rewrites += release_casts(normal)
@@ -68,18 +68,15 @@ def _refuse_higher_order(gm: fx.GraphModule) -> None:
             raise Refused("functorch", "a functorch transform (vmap, scan) is not analysed", node)
 
 
-def _restore_mutations(gm: fx.GraphModule, signature: GraphSignature) -> int:
-    """Export returns mutated inputs as leading outputs: write them back and drop those outputs."""
-    mutated = signature.user_inputs_to_mutate
-    if signature.buffers_to_mutate or signature.parameters_to_mutate:
-        raise Refused("mutation", "the graph writes to a module attribute that is not a graph input")
+def _restore_mutations(gm: fx.GraphModule, mutated: Sequence[int]) -> int:
+    """The new values of inputs that are written to are leading outputs: write them back and drop those outputs."""
     output = gm.graph.output_node()
     values = list(output.args[0])
-    inputs = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
+    inputs = gm.graph.find_nodes(op="placeholder")
     with gm.graph.inserting_before(output):
-        for value, target in zip(values, mutated.values(), strict=False):
-            written = gm.graph.call_function(aten.copy_.default, (inputs[target], value))
-            written.meta["val"] = inputs[target].meta["val"]
+        for number, value in zip(mutated, values, strict=False):
+            written = gm.graph.call_function(aten.copy_.default, (inputs[number], value))
+            written.meta["val"] = inputs[number].meta["val"]
     output.args = (tuple(values[len(mutated) :]),)
     return len(mutated)
 

@@ -1,13 +1,15 @@
 """Recognise the decoder layers of a graph by structure: the residual stream and the attention between.
 
 The hidden states flow from the embeddings to the head. Values that every such path passes through are the
-residual stream (its dominators); a layer is what lies between the stream value that an attention reads and the
-one that the next attention reads. Which module a node came from is asked only to end the last layer, behind which
-no other begins.
+residual stream (its dominators). A mixer is what pairs tokens: an attention, or operators that are not known to keep
+tokens apart (a convolution, a scan). A layer is what lies between the stream value that a mixer reads and the one that
+the next mixer reads. Which module a node came from is asked only where structure does not tell: whether a mixer that is
+no attention is a layer beside the attentions' or a part of one, and where the last layer ends.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -39,17 +41,17 @@ class Attention:
 
 @dataclass
 class Layer:
-    """One decoder layer: from the stream value it reads to the one it writes (None where there is no stream)."""
+    """One decoder layer: from the stream value it reads to the one it writes (None where there is no stream).
+
+    anchor: the first node of its first mixer. attentions: none in a layer that mixes tokens otherwise.
+    """
 
     index: int
+    anchor: fx.Node
     attentions: list[Attention]
     start: fx.Node | None
     end: fx.Node | None = None
     refused: Refused | None = None
-
-    @property
-    def anchor(self) -> fx.Node:
-        return self.attentions[0].nodes[0]
 
 
 @dataclass
@@ -87,10 +89,15 @@ class FindLayers:
             raise Refused("no-attention", "no attention over the decoder's positions was found in this graph")
         stack = DecoderStack(content, [])
         if attentions:
-            stream = _residual_stream(content, attentions, order, analysis)
-            stack.layers = _layers(attentions, stream, order)
+            mixers = _mixers(attentions, content, analysis)
+            last = max((mixer[0] for mixer in mixers), key=order.__getitem__)
+            stream = _residual_stream(last, content, order, analysis)
+            behind = _Behind(stream, content, order)
+            stack.layers = _layers(mixers, stream, behind, order)
             _end_last_layer(stack, stream)
-        _assign_segments(stack, order)
+            _assign_segments(stack, stream, behind)
+        else:
+            stack.segment = dict.fromkeys(content, -1)
         ctx.findings["layers"] = stack
         return PassResult(gm, 0)
 
@@ -146,11 +153,32 @@ def _attentions(gm: fx.GraphModule, analysis: TokenAxes, content: set[fx.Node]) 
     return [Attention(tuple(nodes), analysis.kinds[nodes[0]] is Kind.ATTENTION) for nodes in found]
 
 
+Mixer = tuple[fx.Node, Attention | None]
+
+
+def _mixers(attentions: list[Attention], content: set[fx.Node], analysis: TokenAxes) -> list[Mixer]:
+    """The attentions, and operators that are not proven in modules numbered like those of the attentions.
+
+    An operator of an attention's own module is part of that layer, and one of unknown origin of the layer before it.
+    """
+    attended = {module for attention in attentions if (module := _numbered_module(attention.nodes[0]))}
+    siblings = {_list_of(module) for module in attended}
+    others = [
+        node
+        for node, refused in analysis.unproven.items()
+        if node in content
+        and refused.code != "axis"
+        and (module := _numbered_module(node)) not in (None, *attended)
+        and _list_of(module) in siblings
+    ]
+    return [(attention.nodes[0], attention) for attention in attentions] + [(node, None) for node in others]
+
+
 def _residual_stream(
-    content: set[fx.Node], attentions: list[Attention], order: dict[fx.Node, int], analysis: TokenAxes
+    last: fx.Node, content: set[fx.Node], order: dict[fx.Node, int], analysis: TokenAxes
 ) -> list[fx.Node]:
-    """Dominators, within the content, of the last node that depends on the last attention."""
-    sink = _sink(attentions[-1].nodes[-1], content, order, analysis)
+    """Dominators, within the content, of the last node that depends on the last mixer."""
+    sink = _sink(last, content, order, analysis)
     reaching = _ancestors(sink) & content | {sink}
     dominator: dict[fx.Node, fx.Node | None] = {}
     depth: dict[fx.Node | None, int] = {None: 0}
@@ -219,20 +247,44 @@ def _closure(start: Iterable[fx.Node], step) -> set[fx.Node]:  # type: ignore[no
     return seen
 
 
-def _layers(attentions: list[Attention], stream: list[fx.Node], order: dict[fx.Node, int]) -> list[Layer]:
-    """Group attentions by the last stream value before them."""
+class _Behind:
+    """For each node of the content, how many stream values it depends on; one pass over the graph."""
+
+    def __init__(self, stream: list[fx.Node], content: set[fx.Node], order: dict[fx.Node, int]) -> None:
+        self.place = {vertex: index for index, vertex in enumerate(stream)}
+        self._count: dict[fx.Node, int] = {}
+        for node in sorted(content, key=order.__getitem__):
+            self._count[node] = max((self._through(source) for source in node.all_input_nodes), default=0)
+
+    def _through(self, source: fx.Node) -> int:
+        if source in self.place:
+            return self.place[source] + 1
+        return self._count.get(source, 0)
+
+    def __getitem__(self, node: fx.Node) -> int:
+        return self._count[node]
+
+
+def _layers(
+    mixers: list[Mixer], stream: list[fx.Node], behind: _Behind, order: dict[fx.Node, int]
+) -> list[Layer]:
+    """Group mixers by the last stream value before them."""
     layers: list[Layer] = []
-    behind = {vertex: _descendants(vertex) for vertex in stream}
-    for attention in sorted(attentions, key=lambda a: order[a.nodes[0]]):
-        before = [vertex for vertex in stream if attention.nodes[0] in behind[vertex]]
-        start = before[-1] if before else None
-        if layers and start is not None and layers[-1].start is start:
-            layers[-1].attentions.append(attention)
+    for node, attention in sorted(mixers, key=lambda mixer: order[mixer[0]]):
+        start = stream[behind[node] - 1] if behind[node] else None
+        found = [attention] if attention is not None else []
+        if layers and start is not None and (layers[-1].start is start or _is_part(node, layers[-1])):
+            layers[-1].attentions.extend(found)
             continue
         if layers:
             layers[-1].end = start
-        layers.append(Layer(len(layers), [attention], start))
+        layers.append(Layer(len(layers), node, found, start))
     return layers
+
+
+def _is_part(node: fx.Node, layer: Layer) -> bool:
+    """Whether a mixer is in the numbered module of a layer that mixes tokens otherwise than by attention."""
+    return not layer.attentions and _numbered_module(node) == _numbered_module(layer.anchor)
 
 
 def _end_last_layer(stack: DecoderStack, stream: list[fx.Node]) -> None:
@@ -263,22 +315,32 @@ def _end_last_layer(stack: DecoderStack, stream: list[fx.Node]) -> None:
     last.end = adds[-1] if adds else None
 
 
+def _numbered_module(node: fx.Node) -> str | None:
+    """The outermost of the modules around a node that have a number for a name."""
+    return next(iter(_numbered_modules(node)), None)
+
+
+def _list_of(module: str) -> str:
+    return re.sub(r"\.?\[?\d+\]?$", "", module)
+
+
 def _numbered_modules(node: fx.Node) -> list[str]:
     """Paths of the modules around a node that have a number for a name, outermost first."""
     paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
     return [path for path in paths if re.search(r"(\.\d+|\[\d+\])$", path)]
 
 
-def _assign_segments(stack: DecoderStack, order: dict[fx.Node, int]) -> None:
-    stack.segment = dict.fromkeys(stack.content, -1)
+def _assign_segments(stack: DecoderStack, stream: list[fx.Node], behind: _Behind) -> None:
+    """A node belongs to the last layer whose start it depends on."""
+    begun = [-1] * (len(stream) + 1)  # by the number of stream values that a node depends on
     for layer in stack.layers:
         if layer.start is not None:
-            for node in _descendants(layer.start) & stack.content:
-                stack.segment[node] = layer.index
+            begun[behind.place[layer.start] + 1] = layer.index
+    if stack.last_stream is not None:
+        begun[behind.place[stack.last_stream] + 1] = len(stack.layers)
+    begun = list(itertools.accumulate(begun, max))
+    stack.segment = {node: begun[behind[node]] for node in stack.content}
+    for layer in stack.layers:
         for attention in layer.attentions:
             for node in attention.nodes:
                 stack.segment[node] = layer.index
-    last = stack.last_stream
-    if last is not None:
-        for node in _descendants(last) & stack.content:
-            stack.segment[node] = len(stack.layers)

@@ -120,9 +120,7 @@ def _takes_embeddings(model: nn.Module, batch: Batch, embeddings: torch.Tensor) 
     return True
 
 
-def text_batch(
-    generator: torch.Generator, B: int, S: int, padding: Side, share: float = 0.6
-) -> Batch:
+def text_batch(generator: torch.Generator, B: int, S: int, padding: Side, share: float = 0.6) -> Batch:
     """Random words, lengths, mask and labels; most labels are there."""
     index = torch.arange(S).expand(B, S)
     lengths = torch.randint(S // 2 + 1, S + 1, (B, 1), generator=generator)
@@ -161,7 +159,9 @@ class _Oracle:
             modules = _decoder_layers(model, len(layers))
             if modules is None:
                 raise Unmasked("which modules its layers are is not known")
-            self.gated_modules = [m for m, layer in zip(modules, layers, strict=True) if layer.kind != "dense"]
+            self.gated_modules = [
+                m for m, layer in zip(modules, layers, strict=True) if layer.kind != "dense"
+            ]
             self.name = "masks replaced, elided states held"
         else:
             check_elided_is_unseen(model, batch, WORDS)
@@ -196,5 +196,7 @@ class _Oracle:
 
 def _decoder_layers(model: nn.Module, count: int) -> Sequence[nn.Module] | None:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    lists = [
+        module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
     return list(lists[0]) if lists else None

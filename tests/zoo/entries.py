@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from shrink import REPAIRS, WORDS, small_config
 from small_models import _spread_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
@@ -18,8 +19,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
-
-from shrink import REPAIRS, WORDS, small_config
 
 Mapping = Literal["causal", "image"]
 _AUTO = {"causal": AutoModelForCausalLM, "image": AutoModelForImageTextToText}

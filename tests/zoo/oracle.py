@@ -30,7 +30,11 @@ class Unmasked(Exception):
 
 
 def run_masked(
-    model: nn.Module, batch: Batch, shifted: bool, gated: Sequence[nn.Module] = (), dtype: torch.dtype | None = None
+    model: nn.Module,
+    batch: Batch,
+    shifted: bool,
+    gated: Sequence[nn.Module] = (),
+    dtype: torch.dtype | None = None,
 ) -> Outcome:
     """The untouched model on a whole batch, no query seeing an elided key.
 

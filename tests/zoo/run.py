@@ -1,26 +1,27 @@
 """Check every architecture, or those named; print a line for each and write RESULTS.md beside this file.
 
-    python tests/zoo/run.py [causal:llama image:llava ...] [--jobs 2] [--json rows.json]
+python tests/zoo/run.py [causal:llama image:llava ...] [--jobs 2] [--json rows.json]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 LIMIT = 240  # seconds for one architecture
+CHUNK = 10
 
 
 def _work(name: str, batches: int | None = None) -> dict[str, Any]:
@@ -50,28 +51,66 @@ def _work(name: str, batches: int | None = None) -> dict[str, Any]:
     return asdict(row)
 
 
+def _chunk(names: Sequence[str], batches: int | None) -> Iterator[dict[str, Any]]:
+    """Rows of some architectures from a process of their own, which compilers fill; one that dies is replaced."""
+    left = list(names)
+    while left:
+        command = [sys.executable, __file__, "--worker", *left]
+        if batches is not None:
+            command += ["--batches", str(batches)]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            for line in process.stdout or ():
+                if line.startswith("{"):
+                    left.pop(0)
+                    yield json.loads(line)
+        if left:
+            mapping, _, model_type = left.pop(0).partition(":")
+            yield {
+                "mapping": mapping,
+                "model_type": model_type,
+                "status": "crashed",
+                "reason": f"the process ended with {process.returncode}",
+            }
+
+
+def _print(row: dict[str, Any]) -> None:
+    name = f"{row['mapping']}:{row['model_type']}"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in row.get("kinds", {}).items())
+    print(
+        f"{name:34} {row['status']:9} {kinds:22} {row.get('seconds', 0):6} s  {row['reason'][:300]}",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--batches", type=int, help="how many of the batches to check; all by default")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.worker:
+        for name in arguments.names:
+            print(json.dumps(_work(name, arguments.batches)), flush=True)
+        return
     from entries import ENTRIES
 
     names = arguments.names or [str(entry) for entry in ENTRIES]
-    rows = []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.jobs, mp_context=context, max_tasks_per_child=8) as pool:
-        for row in pool.map(partial(_work, batches=arguments.batches), names):
+    chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
+    rows: list[dict[str, Any]] = []
+
+    def run(chunk: Sequence[str]) -> None:
+        for row in _chunk(chunk, arguments.batches):
             rows.append(row)
-            print(
-                f"{row['mapping']}:{row['model_type']:28} {row['status']:9} {row['kinds']} b{row['batches']} t{row['traces']}"
-                f" g{row['graphs']} {row['worst']:.1e} {row['seconds']}s {row['reason'][:400]}",
-                flush=True,
-            )
+            _print(row)
             if arguments.json:
                 arguments.json.write_text(json.dumps(rows, indent=1))
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(run, chunks))
 
 
 if __name__ == "__main__":

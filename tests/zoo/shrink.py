@@ -6,7 +6,6 @@ lists layer by layer is kept, up to `MOST_LAYERS`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -139,14 +138,18 @@ REPAIRS: tuple[tuple[Repair, ...], ...] = (
 )
 
 
-def _small(
-    default: PretrainedConfig, media: Iterator[int], repair: Sequence[Repair]
-) -> dict[str, Any]:
+def _small(default: PretrainedConfig, media: Iterator[int], repair: Sequence[Repair]) -> dict[str, Any]:
     entries = {name: value for name, value in vars(default).items() if not name.startswith("_")}
     kept = _representatives(entries)
     small: dict[str, Any] = {}
     for name, value in entries.items():
-        if name in ("transformers_version", "architectures", "torch_dtype", "dtype", "ignore_keys_at_rope_validation"):
+        if name in (
+            "transformers_version",
+            "architectures",
+            "torch_dtype",
+            "dtype",
+            "ignore_keys_at_rope_validation",
+        ):
             continue
         if isinstance(value, PretrainedConfig):
             small[name] = _shrunk(value, media, repair)
@@ -200,15 +203,24 @@ def _counts(values: Sequence[Any]) -> bool:
     return all(isinstance(value, int) for value in values) and len(set(values)) > DEPTH
 
 
-def _small_list(name: str, value: Sequence[Any], entries: Mapping[str, Any], kept: Sequence[int]) -> Sequence[Any]:
+def _small_list(
+    name: str, value: Sequence[Any], entries: Mapping[str, Any], kept: Sequence[int]
+) -> Sequence[Any]:
     if kept and len(value) == _depth(entries):
         picked = [value[index] for index in kept]
         if _counts(value):
             picked = [min(number, place) for place, number in enumerate(picked)]
-        elif all(isinstance(number, int) and not isinstance(number, bool) for number in picked) and name in _PER_LAYER:
+        elif (
+            all(isinstance(number, int) and not isinstance(number, bool) for number in picked)
+            and name in _PER_LAYER
+        ):
             picked = [_PER_LAYER[name]] * len(picked)
         return picked
-    if value and all(type(number) is int for number in value) and any(w in name for w in ("index", "idx", "layers")):
+    if (
+        value
+        and all(type(number) is int for number in value)
+        and any(w in name for w in ("index", "idx", "layers"))
+    ):
         return type(value)([len(kept) - 1 if kept else DEPTH - 1])
     return value
 

@@ -58,13 +58,17 @@ class OpenBrackets:
 
 def _detach(gm: fx.GraphModule, node: fx.Node, constants: set[fx.Node]) -> None:
     outside = [user for user in node.users if user not in constants and user.op != "output"]
-    if not outside or not is_tensor(node) or not node.meta["val"].dtype.is_floating_point:
+    if not outside or not is_tensor(node) or not _may_have_gradient(node.meta["val"].dtype):
         return
     with gm.graph.inserting_after(node):
         detached = gm.graph.call_function(aten.detach.default, (node,))
     detached.meta = {key: value for key, value in node.meta.items() if key != "autocast"}
     for user in outside:
         user.replace_input_with(node, detached)
+
+
+def _may_have_gradient(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 @dataclass(frozen=True)

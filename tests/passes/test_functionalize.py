@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -44,6 +45,9 @@ def index_put_(w: Small, x: Tensor) -> Tensor:
 
 IN_PLACE = {body.__name__: body for body in (new_empty, scatter_, add_, index_put_)}
 
+# What the pass rewrites in any of these graphs: the capture asserts two sizes again.
+SIZES = 2
+
 
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_in_place_writes_become_values(name: str, ids: dict[str, Tensor]) -> None:
@@ -55,6 +59,8 @@ def test_in_place_writes_become_values(name: str, ids: dict[str, Tensor]) -> Non
     overloads = [target for target in targets if isinstance(target, torch._ops.OpOverload)]
     assert not any(target._schema.is_mutable for target in overloads)
     assert not run.graph_module.graph.find_nodes(op="call_method", target=name)
+    slices = 2 if name == "new_empty" else 0  # each a `copy` without a derivative
+    assert run.rewrites["functionalize"] == SIZES + slices
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
@@ -107,7 +113,9 @@ def custom_backward(w: Small, x: Tensor) -> Tensor:
 def test_an_autograd_function_keeps_its_own_backward(ids: dict[str, Tensor]) -> None:
     module = Small(custom_backward)
     assert_as_eager(module, ids)
-    assert operators(run_until("functionalize", module, ids).graph_module)["autograd_function_apply"] == 1
+    run = run_until("functionalize", module, ids)
+    assert operators(run.graph_module)["autograd_function_apply"] == 1
+    assert run.rewrites["functionalize"] == SIZES + 1
 
 
 def test_without_the_shield_an_autograd_function_has_another_gradient(
@@ -199,8 +207,17 @@ def frozen_part(w: Small, x: Tensor) -> Tensor:
     return x * scale
 
 
-def test_what_a_no_grad_region_computes_has_no_gradient(ids: dict[str, Tensor]) -> None:
-    module = Small(frozen_part)
+def frozen_phases(w: Small, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        phases = torch.polar(torch.ones_like(x), w.up(x))
+    return (x * phases).real
+
+
+@pytest.mark.parametrize("body", [frozen_part, frozen_phases])
+def test_what_a_no_grad_region_computes_has_no_gradient(
+    body: Callable[[Small, Tensor], Tensor], ids: dict[str, Tensor]
+) -> None:
+    module = Small(body)
     assert_as_eager(module, ids)
     assert set(step(capture(module, ids, rewrite=normalise).outputs, module)) == {"embedding.weight"}
 
@@ -251,4 +268,6 @@ def test_export_itself_does_not_restore_mutations(ids: dict[str, Tensor]) -> Non
     exported, signature = aot_export_module(raw, inputs, trace_joint=False, pre_dispatch=True)
     assert len(signature.user_inputs_to_mutate) == 2
     assert operators(exported)["aten.copy_"] == 0
-    assert operators(run_until("functionalize", Small(running_mean), ids).graph_module)["aten.copy_"] == 2
+    run = run_until("functionalize", Small(running_mean), ids)
+    assert operators(run.graph_module)["aten.copy_"] == 2
+    assert run.rewrites["functionalize"] == SIZES + 2

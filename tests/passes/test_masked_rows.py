@@ -13,7 +13,7 @@ from captured import capture, copy_graph, operators
 from torch import Tensor, fx, nn
 
 from regate_fx.passes.base import PassContext
-from regate_fx.passes.pipeline import NORMALISE, run_passes
+from regate_fx.passes.pipeline import NORMALISE, PipelineRun, run_passes
 
 Write = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -50,17 +50,17 @@ class Writes(nn.Module):
         return states.sin()
 
 
-def check(write: Write) -> fx.GraphModule:
-    """Run the normalised graph: values and gradients are those of eager PyTorch; returns the graph."""
+def check(write: Write) -> PipelineRun:
+    """Run the normalised graph: values and gradients are those of eager PyTorch; returns how it was made."""
     mask = torch.rand(3, 7) < 0.4
     module = Writes(write, torch.randn(int(mask.sum()), 5))
     states = torch.randn(3, 7, 5, requires_grad=True)
-    seen: list[fx.GraphModule] = []
+    seen: list[PipelineRun] = []
 
     def normalise(gm: fx.GraphModule) -> fx.GraphModule:
         copied = fx.GraphModule(gm, copy_graph(gm))
-        seen.append(run_passes(copied, PassContext(), NORMALISE).graph_module)
-        return seen[0]
+        seen.append(run_passes(copied, PassContext(), NORMALISE))
+        return seen[0].graph_module
 
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         (found,) = capture(module, {"states": states, "mask": mask}, rewrite=normalise).outputs
@@ -76,14 +76,16 @@ def check(write: Write) -> fx.GraphModule:
 
 @pytest.mark.parametrize("write", [adds, adds_in_place])
 def test_added_features_are_laid_out_first(write: Write) -> None:
-    counts = operators(check(write))
-    assert counts["aten.masked_scatter"] == 1
+    run = check(write)
+    counts = operators(run.graph_module)
+    assert run.rewrites["add_masked_rows"] == counts["aten.masked_scatter"] == 1
     assert counts["aten.index_put"] == counts["aten.index"] == 0
     assert counts["aten._assert_async"] == 1
 
 
 @pytest.mark.parametrize("write", [scales, adds_other_rows, adds_one_row])
 def test_other_writes_are_left_alone(write: Write) -> None:
-    counts = operators(check(write))
-    assert counts["aten.masked_scatter"] == 0
+    run = check(write)
+    counts = operators(run.graph_module)
+    assert run.rewrites["add_masked_rows"] == counts["aten.masked_scatter"] == 0
     assert counts["aten.index_put"] == 1

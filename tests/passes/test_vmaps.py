@@ -36,7 +36,7 @@ class OfStates(nn.Module):
         self.embedding = nn.Embedding(11, 8)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return torch.vmap(torch.tanh)(self.embedding(input_ids))
+        return torch.vmap(lambda row: row.cumsum(0))(self.embedding(input_ids))
 
 
 def brackets(gm: fx.GraphModule) -> list[str]:

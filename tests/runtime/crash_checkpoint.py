@@ -95,14 +95,14 @@ def train_by_trainer(folder: Path) -> None:
     _end(folder, {"ema": bits(gate.difficulty.ema), "weights": weights.hexdigest()})
 
 
-def _documents() -> tuple[Any, Any]:
+def _documents(samples: int = 6) -> tuple[Any, Any]:
     from collated import reference_of
     from restatement import Token
     from small_models import FIRST_WORD, VOCABULARY
 
     chance = random.Random(7)
     docs = {}
-    for sample_id in range(6):
+    for sample_id in range(samples):
         ids = [chance.randrange(FIRST_WORD, VOCABULARY) for _ in range(9 + sample_id)]
         docs[sample_id] = [
             Token(token, token if place > 2 else -100, chance.random()) for place, token in enumerate(ids)

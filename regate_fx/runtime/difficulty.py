@@ -63,11 +63,23 @@ class Difficulty:
             self._apart()[own[0].to(self._table.device)] = own[1].to(self._table.device)
 
     def merge(self, observed: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Take over what each rank observed, in the order of ranks; of a label that several have, the first."""
+        """Take over what each rank observed, in the order of ranks; of a label that several have, the first.
+
+        Raises as `settle`, after it.
+        """
         for slots, values in reversed(observed):
             self._table[slots.to(self._table.device)] = values.to(self._table.device)
         if self._own is not None:
             self._own.fill_(torch.nan)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until the device has judged all losses that it was given; raises what `update` would have raised later.
+
+        No batch need follow: at the end of an epoch, and where a state is taken, nothing may be left unsaid.
+        """
+        _wait_for(self._table.device)
+        self._late.check(torch.zeros(0, dtype=torch.bool), lambda found: _broken_losses(found, found))
 
     def look_up(self, slot: Tensor) -> Tensor:
         """float32 [B, S]: the running mean of each label, NaN where there is none.
@@ -87,8 +99,8 @@ class Difficulty:
         slot: int64 [B, S], unique where `observed`; loss: float [B, S]; observed: bool [B, S]; ids: int64 [B, S] on
         the host, the sample of each position; apart: other ranks train as well, and learn of it by `merge`.
         Raises `InvalidInput` that names the sample where an observed loss is NaN or infinite, and changes nothing
-        then. On an accelerator nothing changes either, but the error comes with a later batch: none waits for
-        the device.
+        then. On an accelerator nothing changes either, but the error comes with a later batch, or from `settle`: no
+        batch waits for the device.
         """
         observed = observed & (slot >= 0)
         loss = loss.detach().float()
@@ -105,6 +117,13 @@ class Difficulty:
             self._own = torch.full_like(self._table, torch.nan)
         self._own = self._own.to(self._table.device)
         return self._own
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        event = torch.Event(device)
+        event.record()
+        event.synchronize()
 
 
 def _broken_losses(broken: Tensor, ids: Tensor) -> InvalidInput:

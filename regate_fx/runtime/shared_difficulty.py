@@ -1,6 +1,6 @@
 """Difficulties of a run with several ranks: each observes its own samples, all agree at the end of an epoch.
 
-Shapes: T labels in the data set, k labels that one rank observed.
+Shapes: B rows, S positions, n samples and T labels in the data set, k labels that one rank observed.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from regate_fx.runtime.batches import POOL, Batch, Batching, Example
 from regate_fx.runtime.progress import PassProgress
 from regate_fx.runtime.store import LossType, ReferenceLosses, SampleLosses, read_manifest
 from regate_fx.runtime.store_files import MANIFEST
-from regate_fx.runtime.store_writer import Plan, StoreWriter, check_about, check_samples, is_finished
+from regate_fx.runtime.store_plan import Plan, check_about, check_samples
+from regate_fx.runtime.store_writer import StoreWriter, is_finished
 from regate_fx.runtime.text_only import TextOnly, visual_token_ids
 from regate_fx.runtime.unchanged import UnchangedWindows, check_ids, check_some, identified, is_real
 from regate_fx.runtime.windows import Windows, fill
@@ -51,7 +52,8 @@ def teacher_losses(
 ) -> ReferenceLosses:
     """The teacher's loss on every label of `data`, read from `folder` or computed and stored there.
 
-    A pass that was stopped, however, goes on where it was: a finished shard is not computed again. Any number of
+    A pass that was stopped, however, goes on where it was: a finished shard is not computed again. Before losses that
+    are there are used, a few samples of `data` are compared with those that the teacher read. Any number of
     processes may call this with the same arguments and folder (the ranks of `accelerate launch`, or several starts by
     hand); each takes shards that nobody has, and all return when all are done. They must see the same folder, on a
     file system with locks; each needs the whole model. The model stays on the device where it is.

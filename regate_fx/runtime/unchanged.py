@@ -68,9 +68,8 @@ class UnchangedWindows:
         stored = self._writer.read(window)
         now = _identity(self._batching, next(examples))
         before = {name: stored[name][0].as_py() for name in ("sample_id", "label_hash", "text_hash")}
-        differing = [name for name, value in before.items() if getattr(now, name) != value]
-        if differing == ["text_hash"] and not _texts_differ(now.text_hash, before["text_hash"]):
-            differing = []
+        differing = [name for name in ("sample_id", "label_hash") if getattr(now, name) != before[name]]
+        differing += ["text_hash"] if _texts_differ(now.text_hash, before["text_hash"]) else []
         if differing:
             raise StoreMismatch(
                 str(self._folder),

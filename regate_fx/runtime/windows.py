@@ -15,7 +15,8 @@ from torch.utils.data import IterableDataset
 
 from regate_fx.errors import InvalidInput
 from regate_fx.runtime.store import SampleLosses
-from regate_fx.runtime.store_writer import SAMPLES_PER_SHARD, StoreWriter
+from regate_fx.runtime.store_plan import SAMPLES_PER_SHARD
+from regate_fx.runtime.store_writer import StoreWriter
 
 Example = Mapping[str, Any]
 

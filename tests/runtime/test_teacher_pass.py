@@ -99,7 +99,7 @@ def test_a_pass_does_not_go_on_with_other_data(tmp_path: Path) -> None:
     for changed, problem in (
         (
             [{**data[0], "labels": [-100] * len(data[0]["labels"])}, *data[1:]],
-            "label_hash, text_hash differs",
+            "and label_hash differs",
         ),
         ([{**data[0], "input_ids": data[0]["input_ids"][::-1]}, *data[1:]], "text_hash differs"),
         (

@@ -197,7 +197,7 @@ def reshape(dims: Sequence[Dim], shape: Sequence[Any], symbols: TokenSymbols) ->
             if isinstance(factor, int) and missing.is_Integer and factor != missing and factor % missing == 0:
                 taken.append(int(missing))
                 factors.insert(0, factor // int(missing))
-            elif isinstance(factor, int) and not missing.is_Integer and factor != 1:
+            elif isinstance(factor, int) and not missing.is_Integer and not _divides(factor, missing):
                 raise Refused("view", f"a view to size {wanted} regroups a token axis")
             else:
                 taken.append(factor)
@@ -205,6 +205,11 @@ def reshape(dims: Sequence[Dim], shape: Sequence[Any], symbols: TokenSymbols) ->
     if any(factor != 1 for factor in factors):
         raise Refused("view", "a view drops part of a token axis")
     return tuple(result)
+
+
+def _divides(factor: int, size: sympy.Expr) -> bool:
+    coefficient = size.as_coeff_Mul()[0]
+    return bool(coefficient.is_Integer and coefficient % factor == 0)
 
 
 def merge(operands: Sequence[Axes], what: str) -> tuple[Dim, ...]:

@@ -24,6 +24,20 @@ rule(
 )(_view)  # fmt: skip
 
 
+@rule("aten.view_as_complex")
+def _view_as_complex(op: Operands) -> Verdict:
+    axes = op.axes("self")  # the last dimension holds real and imaginary part
+    result = axes.with_dims(axes.dims[:-1])
+    return Verdict(result, kind_of(result))
+
+
+@rule("aten.view_as_real")
+def _view_as_real(op: Operands) -> Verdict:
+    axes = op.axes("self")
+    result = axes.with_dims([*axes.dims, (2,)])
+    return Verdict(result, kind_of(result))
+
+
 @rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
 def _expand(op: Operands) -> Verdict:
     axes = op.axes("self")
@@ -183,9 +197,12 @@ def _repeat(op: Operands) -> Verdict:
     for index, times in enumerate(op["repeats"]):
         if isinstance(times, int) and times == 1:
             continue
-        if has_token(dims[index]):
-            raise op.refuse("cuts-tokens", "repeats a token axis")
-        dims[index] = op.symbols.dim_of_size(op.shape[index])
+        if not has_token(dims[index]):
+            dims[index] = op.symbols.dim_of_size(op.shape[index])
+        elif isinstance(times, int):
+            dims[index] = (times, *dims[index])  # the whole axis, several times in a row
+        else:
+            raise op.refuse("cuts-tokens", "repeats a token axis as often as there are tokens")
     result = axes.with_dims(dims)
     return Verdict(result, kind_of(result))
 

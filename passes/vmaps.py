@@ -11,7 +11,7 @@ from torch import fx
 from torch._functorch import predispatch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from regate_fx.passes.base import Refused
+from regate_fx.passes.base import Refused, operator_name
 
 _OPENS, _CLOSES = predispatch._vmap_increment_nesting, predispatch._vmap_decrement_nesting
 
@@ -19,7 +19,7 @@ _OPENS, _CLOSES = predispatch._vmap_increment_nesting, predispatch._vmap_decreme
 def expand_vmaps(gm: fx.GraphModule) -> int:
     """Replace each outermost bracket of a Dynamo graph by the operators that vmap makes of it; returns how many.
 
-    Raises `Refused` where gradients would have to pass through it.
+    Raises `Refused` where gradients would have to pass through anything but elementwise operators and views.
     """
     spans = _spans(gm)
     for span in spans:
@@ -51,11 +51,27 @@ def _expand(gm: fx.GraphModule, span: list[fx.Node]) -> None:
     inputs = list(dict.fromkeys(n for node in span for n in node.all_input_nodes if n not in members))
     results = [node for node in span if any(user not in members for user in node.users)]
     values = [node.meta["example_value"] for node in inputs]
-    if any(isinstance(value, torch.Tensor) and value.requires_grad for value in values):
-        raise Refused("functorch", "gradients pass through a functorch transform (vmap)", span[0])
     body = fx.Interpreter(_cut_out(gm, span, inputs, results))
     traced = make_fx(body.run)(*values)
+    if any(isinstance(value, torch.Tensor) and value.requires_grad for value in values):
+        _refuse_gradients(traced, span[0])
     _splice(gm, span, traced, inputs, results)
+
+
+def _refuse_gradients(body: fx.GraphModule, where: fx.Node) -> None:
+    """Operators recorded beneath autograd have the gradients of what they came from if each is its own derivative."""
+    for node in body.graph.nodes:
+        if node.op != "call_function":
+            continue
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or not (
+            torch.Tag.pointwise in target.tags or target.is_view
+        ):
+            raise Refused(
+                "functorch",
+                f"gradients pass through a functorch transform (vmap) of {operator_name(node)}",
+                where,
+            )
 
 
 def _cut_out(

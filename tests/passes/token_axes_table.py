@@ -76,6 +76,10 @@ ROWS: dict[str, tuple[Entry, str]] = {
         lambda w, x: x.view(*size(x), H, -1).transpose(1, 2).reshape(-1, x.shape[1], D // H),
         "B*2, S, 4",
     ),
+    "rows for each of three experts": (
+        lambda w, x: x.view(-1, D).repeat(3, 1) * x[..., :3].reshape(-1, 3).transpose(0, 1).reshape(-1, 1),
+        "3*B*S, 8",
+    ),
     "repeated key heads": (
         lambda w, x: x.view(*size(x), H, -1).transpose(1, 2).repeat_interleave(3, 1),
         "B, 6, S, 4",
@@ -159,7 +163,7 @@ REFUSED: dict[str, tuple[Entry, str, str]] = {
         "aten.gather",
     ),
     "concatenation": (lambda w, x: torch.cat([x, x], 1), "joins-tokens", "aten.cat"),
-    "repetition": (lambda w, x: x.repeat(1, 2, 1), "cuts-tokens", "aten.repeat"),
+    "repetition": (lambda w, x: x.repeat(1, x.shape[1], 1), "cuts-tokens", "aten.repeat"),
     "unfold": (lambda w, x: x.unfold(1, 2, 1), "unknown-operator", "aten.unfold"),
     "sort": (lambda w, x: x.sort(1)[0], "mixes-tokens", "aten.sort"),
     "largest": (lambda w, x: x.topk(2, 1)[0], "mixes-tokens", "aten.topk"),

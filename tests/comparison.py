@@ -98,20 +98,26 @@ class Comparison:
             raise AssertionError("\n  ".join([f"{context or 'comparison'} differs:", *self.failures]))
 
 
-def check_no_bit_differs(before: Outcome, after: Outcome) -> None:
-    """Assert that two runs gave the very same losses and gradients."""
+def check_no_bit_differs(before: Outcome, after: Outcome, active: Tensor | None = None) -> None:
+    """Assert that two runs gave the very same losses and gradients, and logits at the positions `active`, if any."""
     assert torch.equal(before.loss, after.loss)
     assert torch.equal(before.token_loss, after.token_loss)
+    assert (before.logits is None) == (after.logits is None)
+    if active is not None and before.logits is not None and after.logits is not None:
+        assert torch.equal(before.logits[active], after.logits[active])
     for name, grad in before.gradients.items():
         other = after.gradients[name]
         assert (grad is None) == (other is None), name
         assert grad is None or torch.equal(grad, other), name
 
 
-def compare(seen: Outcome, baseline: Outcome, reference: Outcome, active: Tensor) -> Comparison:
+def compare(
+    seen: Outcome, baseline: Outcome, reference: Outcome, active: Tensor, *, with_logits: bool = False
+) -> Comparison:
     """Compare a run with the golden one, allowing twice the error that the untouched model itself makes.
 
-    baseline: the untouched model at the precision of `seen`; active: bool [B, S], where logits are defined.
+    baseline: the untouched model at the precision of `seen`; active: bool [B, S], where logits are defined;
+    with_logits: that there are none is a failure. Where there are some, they are compared in any case.
     """
     comparison = Comparison()
     note = comparison.mismatches.append
@@ -125,7 +131,12 @@ def compare(seen: Outcome, baseline: Outcome, reference: Outcome, active: Tensor
 
     pairs = [("loss", seen.loss, baseline.loss, reference.loss)]
     pairs.append(("token_loss", seen.token_loss, baseline.token_loss, reference.token_loss))
-    if seen.logits is not None and reference.logits is not None and baseline.logits is not None:
+    if seen.logits is None:
+        if with_logits:
+            note("no logits, which were asked for")
+    elif baseline.logits is None or reference.logits is None:
+        note("no logits to compare those of the run with")
+    else:
         pairs.append(("logits", seen.logits[active], baseline.logits[active], reference.logits[active]))
     comparison.deviations += [_deviation(*pair) for pair in pairs]
     _compare_gradients(comparison, seen.gradients, baseline.gradients, reference.gradients)

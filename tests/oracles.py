@@ -149,6 +149,7 @@ def check_step(
     context: str = "",
     *,
     autocast: bool = False,
+    with_logits: bool = False,
     **loss_kwargs: Any,
 ) -> Outcome:
     """Assert that a gated step is what oracle 2 says, within twice the error of the untouched model.
@@ -156,7 +157,8 @@ def check_step(
     That error is the larger one of two runs, on all tokens and on the active ones alone: a product with few
     rows is summed in another order than one with many.
 
-    gated: `model` compiled; autocast: compute all but the golden run in bfloat16 where autocast would.
+    gated: `model` compiled; autocast: compute all but the golden run in bfloat16 where autocast would; with_logits:
+    as in `compare`.
     """
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         seen = observe(gated, batch, **loss_kwargs)
@@ -164,7 +166,7 @@ def check_step(
     reference = golden(model, small, batch, **loss_kwargs)
     if seen.token_loss.dtype != torch.float32:
         raise AssertionError(f"token_loss is {seen.token_loss.dtype}, not float32")
-    comparison = compare(seen, baseline, reference, batch.active)
+    comparison = compare(seen, baseline, reference, batch.active, with_logits=with_logits)
     if not comparison.ok:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             alone = _run_alone(model, small, batch)

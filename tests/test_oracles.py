@@ -7,7 +7,7 @@ from dataclasses import replace
 import oracles
 import pytest
 import torch
-from comparison import Outcome, compare
+from comparison import Outcome, check_no_bit_differs, compare
 from oracles import golden, run_key_masked, run_subsequences, run_untouched
 from small_models import FIRST_WORD, MODELS, VOCABULARY, WINDOW, Batch, build, random_batch
 
@@ -168,6 +168,18 @@ def test_uncounted_losses_and_nan_are_noticed(generator: torch.Generator) -> Non
     assert "loss: error nan" in str(compare(broken, right, reference, batch.active).failures)
     shifted = replace(right, counted=right.counted.roll(1, dims=1))
     assert "counted labels differ" in str(compare(shifted, right, reference, batch.active).failures)
+
+
+def test_logits_that_are_missing_are_noticed(generator: torch.Generator) -> None:
+    right, reference, batch = outcome_pair(generator)
+    without = replace(right, logits=None)
+    assert compare(without, right, reference, batch.active).ok
+    (failure,) = compare(without, right, reference, batch.active, with_logits=True).failures
+    assert failure == "no logits, which were asked for"
+    (failure,) = compare(right, right, replace(reference, logits=None), batch.active).failures
+    assert failure == "no logits to compare those of the run with"
+    with pytest.raises(AssertionError):
+        check_no_bit_differs(right, replace(right, logits=reference.logits), batch.active)
 
 
 def test_the_failure_names_everything_that_differs(generator: torch.Generator) -> None:

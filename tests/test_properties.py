@@ -5,13 +5,15 @@ Shapes: B samples, S positions.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from hypothesis import given
+from comparison import check_no_bit_differs
+from hypothesis import example, given
 from hypothesis import strategies as st
-from oracles import check_step
-from small_models import MODELS, Side, build, random_batch
+from oracles import check_step, observe
+from small_models import FIRST_WORD, MODELS, VOCABULARY, Side, build, random_batch
 
 import regate_fx
 
@@ -65,19 +67,34 @@ def batches(draw: st.DrawFn, smallest: int = 2, shares: list[float] = SHARES) ->
     }
 
 
-def check_batches(name: str, shape: dict[str, Any], steps: list[dict[str, Any]], seed: int) -> None:
+def check_batches(
+    name: str, shape: dict[str, Any], steps: list[dict[str, Any]], seed: int, keep_logits: bool
+) -> None:
     torch._dynamo.reset()
     model = build(name, seed=seed, **shape)
     # The oracle sees what validation would.
-    gated = regate_fx.compile(model, backend="eager", validate=False)
+    gated = regate_fx.compile(model, backend="eager", validate=False, keep_logits=keep_logits)
     generator = torch.Generator().manual_seed(seed)
     for step in steps:
         batch = random_batch(generator, **step)
-        check_step(gated, model, MODELS[name], batch, f"{name} {shape}, {step}, seed {seed}")
+        context = f"{name} {shape}, {step}, seed {seed}, keep_logits {keep_logits}"
+        seen = check_step(gated, model, MODELS[name], batch, context, with_logits=keep_logits)
+        assert (seen.logits is not None) == keep_logits
+    # Where every layer is gated, the ids of elided tokens change no bit of the last step.
+    assert gated.report.gated == len(gated.report.layers), context
+    other = torch.randint(FIRST_WORD, VOCABULARY, batch.input_ids.shape, generator=generator)
+    changed = replace(batch, input_ids=torch.where(batch.active, batch.input_ids, other))
+    check_no_bit_differs(seen, observe(gated, changed), batch.active)
 
 
 several_batches = st.lists(batches(), min_size=BATCHES_PER_MODEL, max_size=BATCHES_PER_MODEL)
 seeds = st.integers(0, 2**16)
+
+ONE_LAYER = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 6, "hidden_size": 12}
+ONE_LAYER |= {"intermediate_size": 8, "num_hidden_layers": 1, "tie_word_embeddings": True}
+TOKENS_AND_ONE = [
+    {"B": 3, "S": 9, "padding": "left", "share": share, "holes": 0.0} for share in (0.5, ONE_TOKEN, 0.8)
+]
 
 
 @given(
@@ -85,26 +102,43 @@ seeds = st.integers(0, 2**16)
     shape=llama_like_shapes(),
     steps=several_batches,
     seed=seeds,
+    keep_logits=st.booleans(),
 )
-def test_llama_like(name: str, shape: dict[str, Any], steps: list[dict[str, Any]], seed: int) -> None:
-    check_batches(name, shape, steps, seed)
+@example(name="llama", shape=ONE_LAYER, steps=TOKENS_AND_ONE, seed=0, keep_logits=True)
+def test_llama_like(
+    name: str, shape: dict[str, Any], steps: list[dict[str, Any]], seed: int, keep_logits: bool
+) -> None:
+    check_batches(name, shape, steps, seed, keep_logits)
 
 
 @given(
-    name=st.sampled_from(["mistral", "gemma3"]), shape=windowed_shapes(), steps=several_batches, seed=seeds
+    name=st.sampled_from(["mistral", "gemma3"]),
+    shape=windowed_shapes(),
+    steps=several_batches,
+    seed=seeds,
+    keep_logits=st.booleans(),
 )
-def test_windowed(name: str, shape: dict[str, Any], steps: list[dict[str, Any]], seed: int) -> None:
+def test_windowed(
+    name: str, shape: dict[str, Any], steps: list[dict[str, Any]], seed: int, keep_logits: bool
+) -> None:
     if name == "gemma3":
         kinds = ("sliding_attention", "full_attention")
         shape = {**shape, "layer_types": [kinds[layer % 2] for layer in range(shape["num_hidden_layers"])]}
-    check_batches(name, shape, steps, seed)
+    check_batches(name, shape, steps, seed, keep_logits)
 
 
-@given(shape=gpt2_shapes(), steps=several_batches, seed=seeds)
-def test_gpt2_like(shape: dict[str, Any], steps: list[dict[str, Any]], seed: int) -> None:
-    check_batches("gpt2", shape, steps, seed)
+@given(shape=gpt2_shapes(), steps=several_batches, seed=seeds, keep_logits=st.booleans())
+def test_gpt2_like(shape: dict[str, Any], steps: list[dict[str, Any]], seed: int, keep_logits: bool) -> None:
+    check_batches("gpt2", shape, steps, seed, keep_logits)
 
 
-@given(shape=llama_like_shapes(), step=batches(1, [ONE_TOKEN, *SHARES]), seed=seeds)
-def test_the_first_batch_may_have_any_size(shape: dict[str, Any], step: dict[str, Any], seed: int) -> None:
-    check_batches("llama", shape, [step], seed)
+@given(
+    shape=llama_like_shapes(),
+    step=batches(1, [ONE_TOKEN, *SHARES]),
+    seed=seeds,
+    keep_logits=st.booleans(),
+)
+def test_the_first_batch_may_have_any_size(
+    shape: dict[str, Any], step: dict[str, Any], seed: int, keep_logits: bool
+) -> None:
+    check_batches("llama", shape, [step], seed, keep_logits)

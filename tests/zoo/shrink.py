@@ -31,7 +31,8 @@ _SIZES: tuple[tuple[int, str], ...] = (
     "num_encoder_layers vision_layers conf_num_hidden_layers resampler_depth decoder_num_layers num_global_layers "
     "n_recurrent_layers n_input_layers n_output_layers num_layers_per_stack num_blocks num_local_layers "
     "aligner_num_add_layers num_lstm_layers"),
-    (4, "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads "
+    (64, "mamba_d_ssm attention_hidden_size"),
+    (4, "n_mamba_heads num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads "
     "swa_num_attention_heads num_encoder_attention_heads num_decoder_attention_heads conf_num_attention_heads "
     "num_sliding_attention_heads vision_num_attention_heads resampler_n_heads resampler_heads num_query_tokens "
     "num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts zero_expert_num mamba_n_heads "
@@ -45,7 +46,7 @@ _SIZES: tuple[tuple[int, str], ...] = (
     (2, "num_key_value_heads num_kv_heads swa_num_key_value_heads kv_n_heads n_kv_heads num_query_groups "
     "num_global_key_value_heads resampler_key_value_heads num_experts_per_tok num_experts_per_token moe_topk moe_k "
     "top_k_experts moe_top_k linear_num_key_heads sliding_window_pattern global_attn_every_n_layers hc_mult hc_count "
-    "no_rope_layer_interval altup_num_inputs o_groups layer_group_size depth_multiplier n_mamba_heads "
+    "no_rope_layer_interval altup_num_inputs o_groups layer_group_size depth_multiplier "
     "interleave_moe_layer_step n_layers_per_attn_res_block ngram_size heads_per_ngram num_patches "
     "expert_layer_period attn_layer_period cross_attention_frequency merger_times full_attention_interval "
     "mamba_n_groups n_groups mamba_ngroups"),
@@ -54,21 +55,21 @@ _SIZES: tuple[tuple[int, str], ...] = (
     "attn_layer_offset expert_layer_offset num_nextn_predict_layers time_step_rank num_mem_blocks max_window_layers"),
     (32, "hidden_size d_model n_embd dim_model model_dim word_embed_proj_dim emb_dim embedding_size embed_dim hidden_dim "
     "projection_dim out_hidden_size text_hidden_size hidden_size_global input_embedding_size output_embedding_size "
-    "n_ctx_embd attention_hidden_size lru_width embedding_dim vision_output_dim projector_input_dim vision_hidden_size "
+    "n_ctx_embd lru_width embedding_dim vision_output_dim projector_input_dim vision_hidden_size "
     "projector_output_dim decoder_hidden_size encoder_hidden_size image_text_hidden_size output_dim backbone_hidden_size "
-    "mamba_d_ssm kv_hidden_size patch_embed_hidden_size image_token_embed_dim projection_hidden_size "
+    "kv_hidden_size patch_embed_hidden_size image_token_embed_dim projection_hidden_size "
     "projector_hidden_size projection_hidden_dim router_hidden_size hidden_size_per_layer_input ple_embed_dim "
-    "ngram_vocab_size_base adapter_rank vector_quantization_hidden_dimension codebook_dim max_2d_position_embeddings"),
+    "ngram_vocab_size_base adapter_rank vector_quantization_hidden_dimension codebook_dim max_2d_position_embeddings base_channels num_filters"),
     (48, "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim dim_ff n_inner d_ff dff mlp_dim inner_dim d_inner "
     "intermediate_dim ffn_hidden_size feed_forward_size dense_intermediate_size intermediate_size_mlp "
     "shared_intermediate_size projection_intermediate_size decoder_intermediate_size moe_hidden_size"),
     (16, "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_experts_intermediate_size "
     "moe_shared_expert_intermediate_size share_expert_dim q_lora_rank kv_lora_rank o_lora_rank lora_rank hc_lowrank "
     "num_position_embeddings latent_dim image_size crop_size resolution num_embeddings codebook_size rel_extent "
-    "mamba_d_state state_size ssm_state_size temporal_embed_size gated_norm_rank min_image_size num_filters "
-    "base_channels latent_channels index_head_dim linear_head_dim mamba_head_dim mamba_d_head mamba_headdim "
-    "linear_key_head_dim linear_value_head_dim resampler_head_dim resampler_dim_head"),
-    (HEAD, "head_dim d_kv dim_head attention_head_dim kv_channels swa_head_dim global_head_dim attention_head_size "
+    "mamba_d_state state_size ssm_state_size temporal_embed_size gated_norm_rank min_image_size "
+    "latent_channels index_head_dim linear_head_dim mamba_head_dim mamba_d_head mamba_headdim "
+    "attention_head_dim qk_head_dim linear_key_head_dim linear_value_head_dim resampler_head_dim resampler_dim_head"),
+    (HEAD, "head_dim d_kv dim_head kv_channels swa_head_dim global_head_dim attention_head_size "
     "qk_rope_head_dim qk_nope_head_dim swa_qk_rope_head_dim d_head pos_emb_height pos_emb_width posemb_grid_size "
     "v_head_dim"),
     (128, "max_position_embeddings n_positions max_sequence_length n_ctx context_length model_max_length max_seq_len "
@@ -119,6 +120,28 @@ def _named(small: dict[str, Any]) -> None:
             small[name] = _BY_NAME[name]
         if value is None and name.endswith(("_indices", "_ids")):
             small[name] = [1]
+        if value is None and name == "default_language":
+            small[name] = small["languages"][0]
+
+
+def _short_sections(small: dict[str, Any]) -> None:
+    if isinstance(small.get("rope_parameters"), dict):
+        small["rope_parameters"]["mrope_section"] = [1, 1, 0]
+
+
+def _one_expert(small: dict[str, Any]) -> None:
+    if "num_experts_per_tok" in small:
+        small["num_experts_per_tok"] = 1
+
+
+def _mixed(other: str, attention: str) -> Repair:
+    """Both kinds of layers where the default lists none."""
+
+    def repair(small: dict[str, Any]) -> None:
+        if "layer_types" in small:
+            small["layer_types"] = [other, attention]
+
+    return repair
 
 
 def _whole_rotary(small: dict[str, Any]) -> None:
@@ -135,6 +158,10 @@ REPAIRS: tuple[tuple[Repair, ...], ...] = (
     (_named, _sections),
     (_sections, _whole_rotary),
     (_equal_heads, _named, _sections, _whole_rotary),
+    (_short_sections,),
+    (_one_expert,),
+    (_mixed("mamba", "attention"),),
+    (_mixed("conv", "full_attention"),),
 )
 
 
@@ -165,6 +192,8 @@ def _small_entry(
         return value
     if name in _DEPTHS and kept:
         return len(kept)
+    if name == "num_kv_shared_layers" and value and kept:
+        return len(kept) // 2
     if isinstance(value, (list, tuple)):
         return _small_list(name, value, entries, kept)
     if isinstance(value, dict):
@@ -174,13 +203,19 @@ def _small_entry(
     if not isinstance(value, int):
         return value
     if name in _BY_NAME:
-        return _BY_NAME[name]
+        return (
+            0
+            if value == 0 and _BY_NAME[name] == 1 and name.startswith(("num_", "n_", "first_"))
+            else _BY_NAME[name]
+        )
     if name.endswith(("_token_id", "_token_index", "_id")) and value >= 0:
         return next(media)
     return max(value // 64, 8) if value > _LARGE else value
 
 
 def _depth(entries: Mapping[str, Any]) -> int:
+    if isinstance(pattern := entries.get("block_types"), (list, tuple)):
+        return len(pattern)  # repeated as often as there are layers
     return next((entries[name] for name in _DEPTHS if isinstance(entries.get(name), int)), 0)
 
 
@@ -195,7 +230,8 @@ def _representatives(entries: Mapping[str, Any]) -> list[int]:
         found.setdefault(tuple(str(values[index]) for values in lists if not _counts(values)), index)
     kept = sorted(found.values())[:MOST_LAYERS]
     kept += [index for index in range(depth) if index not in kept][: max(DEPTH - len(kept), 0)]
-    return sorted(kept)
+    # Layers that share keys and values come last, and each needs one of its kind before them.
+    return sorted(kept) * (2 if entries.get("num_kv_shared_layers") else 1)
 
 
 def _counts(values: Sequence[Any]) -> bool:

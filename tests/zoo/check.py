@@ -13,6 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ def check(entry: Entry, batches: int | None = None) -> Row:
         row.status, row.reason = "wrong", _first_lines(error)
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        row.reason = f"{type(error).__name__}: {_first_lines(error)} ({place.filename.rsplit('/', 1)[-1]}:{place.lineno})"
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        row.reason = f"{type(error).__name__}: {_first_lines(error)} ({where})"
     row.seconds = round(time.perf_counter() - started, 1)
     return row
 

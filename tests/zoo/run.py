@@ -1,4 +1,4 @@
-"""Check every architecture, or those named; print a line for each and write RESULTS.md beside this file.
+"""Check every architecture, or those named; print a line for each; all together write RESULTS.md beside this file.
 
 python tests/zoo/run.py [causal:llama image:llava ...] [--jobs 2] [--json rows.json]
 """
@@ -6,6 +6,7 @@ python tests/zoo/run.py [causal:llama image:llava ...] [--jobs 2] [--json rows.j
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import signal
@@ -111,6 +112,18 @@ def main() -> None:
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(run, chunks))
+    if not arguments.names:
+        _write(rows, arguments.batches)
+
+
+def _write(rows: Sequence[dict[str, Any]], batches: int | None) -> None:
+    import torch
+    import transformers
+    from results import write
+
+    python = ".".join(map(str, sys.version_info[:2]))
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {python}"
+    write(rows, batches, f"{versions}, {datetime.date.today()}", HERE / "RESULTS.md")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ class Difficulty:
         return self._table[:-1]
 
     @property
+    def late(self) -> LateChecks:
+        """What the device has not judged yet of the batches so far; `settle` waits for it."""
+        return self._late
+
+    @property
     def own(self) -> tuple[Tensor, Tensor]:
         """What this rank has observed since the last exchange: int64 [k] labels and float32 [k] running means."""
         if self._own is None:

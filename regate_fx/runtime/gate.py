@@ -21,7 +21,6 @@ from regate_fx.runtime.accumulation import Window, check_announced, collated
 from regate_fx.runtime.checkpoint import read_state, write_state
 from regate_fx.runtime.collate import Collator, samples_of
 from regate_fx.runtime.label_table import has_teacher
-from regate_fx.runtime.late import LateChecks
 from regate_fx.runtime.policies import (
     Combination,
     Policy,
@@ -126,7 +125,6 @@ class ReGate:
         self._last: Choice | None = None
         self._pairing_known = False
         self._agreed = False
-        self._late = LateChecks()
 
     def __getstate__(self) -> dict[str, Any]:
         # Who watches this gate does not watch a copy of it.
@@ -310,7 +308,7 @@ class ReGate:
         return settings | {"beta": self.difficulty.beta}
 
     def _samples(self, batch: Mapping[str, Any]) -> Samples:
-        return samples_of(batch, self.rules, self.losses, self._late)
+        return samples_of(batch, self.rules, self.losses, self.difficulty.late)
 
     def _check_pairing(self, samples: Samples, counted: Tensor) -> None:
         """Once, at the first sparse step: candidates are counted where `shifted` says that they are predicted."""

@@ -14,11 +14,12 @@ from torch import nn
 from regate_fx.errors import InvalidInput
 
 # What a config says that decides no loss of a frozen model in evaluation mode, or is recorded by itself: where it came
-# from, what a call returns, how weights were made, what training drops, what generation begins and ends with.
+# from, what a call returns, how weights were made, what training drops, and the special tokens, which trainers set to
+# the tokenizer's.
 _DECIDES_NOTHING = re.compile(
     r"transformers_version|_?name_or_path|architectures|auto_map|(torch_)?dtype|use_cache|return_dict|id2label|label2id"
     r"|output_(attentions|hidden_states|router_logits|scores)|problem_type|num_labels|task_specific_params"
-    r"|initializer_.*|.*(dropout|pdrop|layerdrop).*|(bos|eos|sep|cls|decoder_start|forced_.*)_token_id"
+    r"|initializer_.*|.*(dropout|pdrop|layerdrop).*|(pad|bos|eos|sep|cls|decoder_start|forced_.*)_token_id"
     r"|_?attn_implementation.*"
 )
 

@@ -86,6 +86,7 @@ class _Gating:
     base: Gated | None = None
     entered: int = 0
     is_warned: bool = False
+    is_checked: bool = False
 
 
 class _Forward:
@@ -206,7 +207,7 @@ def wrap(model: nn.Module, engine: Engine, gate: Gate | None = None) -> nn.Modul
 
     A gated `model` is wrapped anew around the user's own object; an engine bound to another is made fresh.
     Raises `Unsupported` where the model has itself an argument or attribute that gating adds, holds a gated
-    part, or is data-parallel already.
+    part, or is data-parallel or tensor-parallel already.
     """
     _check_model(model)
     return _wrap(ungated(model), engine, gate)
@@ -239,12 +240,34 @@ def _check_model(model: nn.Module) -> None:
         raise Unsupported(
             "gating a model twice", "a part of it is gated already.", "Gate the whole or the part."
         )
+    _refuse_tensor_parallel(original)
     for name in ("report", "gating", "gate"):
         if hasattr(original, name):
             raise Unsupported(
                 f"a model with an attribute {name!r}",
                 "the gated model has its own of that name.",
                 "Rename it.",
+            )
+
+
+def _refuse_tensor_parallel(model: nn.Module) -> None:
+    """FSDP2 shards parameters along one axis of ranks and gathers them to run; what is split besides stays split."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    gathered = {id(parameter) for unit in units for parameter in unit.parameters()}
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            continue
+        splits = sum(not placement.is_replicate() for placement in parameter.placements)
+        if splits > (id(parameter) in gathered):
+            raise Unsupported(
+                "tensor parallelism",
+                f"{name} is split among ranks, which would have to compute the same positions together.",
+                "Use data parallelism, or FSDP2 with scope='layers'.",
             )
 
 
@@ -380,6 +403,9 @@ def _gated_call(
             "Use another kind of adapter.",
         )
     gating = gated._regate
+    if not gating.is_checked:
+        _refuse_tensor_parallel(gating.original)
+        gating.is_checked = True
     config = getattr(gated, "config", None)
     call = check_call(gating.signature, args, kwargs, token_mask, config, sizes)
     return gating.engine(call.plan, call.inputs), call.as_tuple

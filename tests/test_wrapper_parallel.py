@@ -12,8 +12,9 @@ import torch.distributed as dist
 from key_masked_engine import batch, gate, gradients, without_mask
 from small_models import build
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from regate_fx.errors import Unsupported
@@ -102,3 +103,44 @@ def test_data_parallel_replicas_are_refused_by_name() -> None:
     with pytest.raises(Unsupported, match=r"nn\.DataParallel.*DistributedDataParallel"):
         replica(**inputs)
     assert engine.seen == []
+
+
+def _split(model: nn.Module, mesh: DeviceMesh) -> None:
+    """As `tp_plan` and `parallelize_module` split a linear layer."""
+    parallelize_module(model.model.layers[1].mlp, mesh, {"up_proj": ColwiseParallel()})
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_tensor_parallelism_is_refused_when_it_is_gated() -> None:
+    model = build("llama")
+    _split(model, init_device_mesh("cpu", (1,)))
+    with pytest.raises(Unsupported, match=r"tensor parallelism .*layers\.1\.mlp\.up_proj\.weight is split"):
+        gate(model)
+
+
+@pytest.mark.usefixtures("one_process_group")
+@pytest.mark.parametrize("with_fsdp", [False, True])
+def test_tensor_parallelism_is_refused_at_the_first_call(with_fsdp: bool) -> None:
+    model = build("llama")
+    gated, engine = gate(model)
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+    _split(model, mesh["tensor"])
+    if with_fsdp:
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh["data"])
+    with pytest.raises(Unsupported, match="tensor parallelism"):
+        gated(**batch())
+    assert engine.seen == []
+
+
+@pytest.mark.usefixtures("one_process_group")
+@pytest.mark.parametrize("axes", [("ranks",), ("copies", "shards")])
+def test_layers_sharded_by_fsdp_alone_are_not_taken_for_it(axes: tuple[str, ...]) -> None:
+    model = build("llama")
+    gated, engine = gate(model)
+    mesh = init_device_mesh("cpu", (1,) * len(axes), mesh_dim_names=axes)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    gated(**batch())
+    gate(model)
+    assert len(engine.seen) == 1

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from regate_fx.errors import ValidationFailed
 from regate_fx.plan import TokenPlan, make_plan
 
-# Memory bound: at most this many samples and positions, and one set of gradients at a time.
+# Memory bound: at most this many samples and positions, or so many positions of whole samples, and one set of gradients
+# at a time.
 _SAMPLES, _POSITIONS = 2, 128
 _WHOLE_BATCH = 4096
 _PIECE = 2**20
@@ -65,7 +66,7 @@ def validate(
     to be compared with the dense reference too. The model's gradients, buffers and the random state are left as they
     were. Raises `ValidationFailed` at the first disagreement.
     """
-    batch = _small_batch(inputs if own is None else inputs | {_OWN: own})
+    batch = _part(model, inputs if own is None else inputs | {_OWN: own}, untouched)
     if batch is None:
         return NOT_VALIDATED + "the batch is large, and inputs beside tokens cannot be cut to a part of it"
     own = batch.pop(_OWN, None)
@@ -96,7 +97,7 @@ def validate(
 
 def is_random(model: nn.Module, inputs: dict[str, Any], untouched: Call) -> bool:
     """Whether two runs of the untouched model on the same small batch differ: dropout, or another random choice."""
-    batch = _small_batch(inputs)
+    batch = _part(model, inputs, untouched)
     if batch is None:
         return False
     with undisturbed(model), torch.no_grad():
@@ -126,6 +127,46 @@ def _half(present: Tensor) -> Tensor:
     kept = kept.clamp(min=2).minimum(length - 1).clamp(min=1)
     rank = order.argsort(1, descending=True).argsort(1)
     return (rank < kept) & present
+
+
+def _part(model: nn.Module, inputs: dict[str, Any], untouched: Call) -> dict[str, Any] | None:
+    """A part of a batch that is small enough to be computed several times; None if there is no such part."""
+    batch = _small_batch(inputs)
+    if batch is None:
+        batch = _whole_samples(inputs)
+        if batch is None or not _runs(model, {k: v for k, v in batch.items() if k != _OWN}, untouched):
+            return None
+    return batch
+
+
+def _runs(model: nn.Module, batch: dict[str, Any], untouched: Call) -> bool:
+    """Whether the untouched model takes a batch: as many pictures as samples need not be one for each."""
+    with undisturbed(model), torch.no_grad():
+        plan = make_plan(torch.ones_like(batch["labels"], dtype=torch.bool), _padding(batch))
+        try:
+            untouched(plan, batch)
+        except Exception:
+            return False
+    return True
+
+
+def _whole_samples(inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """The samples with the most labels in full, where every input has an entry for each sample."""
+    labels: Tensor = inputs["labels"]
+    B, S = labels.shape
+    count = min(_SAMPLES, _WHOLE_BATCH // S)
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
+    others = [value for value in inputs.values() if isinstance(value, (list, tuple, dict))]
+    if not 0 < count < B or others or any(value.shape[0] != B for value in tensors):
+        return None
+    samples = (labels != -100).sum(1).argsort(descending=True, stable=True)[:count]
+    cuts = {
+        id(value): value[samples.to(value.device)].detach()
+        if isinstance(value, Tensor) and value.dim()
+        else value
+        for value in inputs.values()
+    }
+    return {name: cuts[id(value)] for name, value in inputs.items()}
 
 
 def _small_batch(inputs: dict[str, Any]) -> dict[str, Any] | None:

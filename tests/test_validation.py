@@ -8,10 +8,11 @@ import pytest
 import torch
 from key_masked_engine import batch, gradients
 from small_models import build
+from small_vlms import ImageBatch, build_vlm, image_batch
 from torch._dynamo.utils import counters
 
 import regate_fx
-from regate_fx import capture
+from regate_fx import capture, validation
 from regate_fx.errors import ValidationFailed
 from regate_fx.passes import masks, rewrite_loss
 from regate_fx.passes.masks import MaskProof
@@ -302,3 +303,53 @@ def test_a_step_whose_buffers_are_saved_survives_a_later_validation() -> None:
     gated(**batch())
     gated(**one_sample(gated)).loss.backward()
     assert gated.report.validation == VALIDATED
+
+
+def large_image_batch(
+    counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> ImageBatch:
+    """One of which two samples are small enough to be validated; counts: images of each sample."""
+    images = image_batch("llava", generator, counts)
+    monkeypatch.setattr(validation, "_WHOLE_BATCH", 2 * images.input_ids.shape[1])
+    return images
+
+
+def test_of_a_large_batch_with_images_whole_samples_are_validated(
+    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    images = large_image_batch((1, 1, 1, 1), monkeypatch, generator)
+    monkeypatch.setattr(masks, "_proof", lambda op, forms: MaskProof(causal=False))
+    with pytest.raises(ValidationFailed, match="against the untouched model"):
+        regate_fx.compile(build_vlm("llava"), backend="eager")(
+            **images.model_inputs(), labels=images.labels, token_mask=images.token_mask
+        )
+
+
+def test_as_many_images_as_samples_need_not_be_one_for_each(
+    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    model = build_vlm("llava")
+
+    def part(counts: tuple[int, ...]) -> dict[str, Any] | None:
+        images = large_image_batch(counts, monkeypatch, generator)
+        assert len(images.images["pixel_values"]) == len(images.labels) == 4
+        inputs = {**images.model_inputs(), "labels": images.labels}
+        return validation._part(model, inputs, lambda plan, batch: model(**batch))
+
+    taken = part((1, 1, 1, 1))
+    assert taken is not None and len(taken["pixel_values"]) == len(taken["labels"]) == 2
+    assert part((0, 2, 2, 0)) is None
+
+
+def test_only_entries_of_samples_are_taken_for_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.tensor([[-100, 5], [5, 5], [5, 5], [-100, -100]])
+    pixels = torch.arange(4.0)[:, None, None, None]
+    inputs = {"input_ids": labels, "labels": labels, "pixel_values": pixels, "use_cache": False}
+    part = validation._whole_samples(inputs)
+    assert part is not None and part["input_ids"] is part["labels"]
+    assert part["labels"].tolist() == [[5, 5], [5, 5]]
+    assert part["pixel_values"].flatten().tolist() == [1.0, 2.0]
+    for other in (torch.zeros(5, 3), [pixels[0]] * 4, torch.zeros(3, 4, 2)):
+        assert validation._whole_samples({**inputs, "pixel_values": other}) is None
+    monkeypatch.setattr(validation, "_WHOLE_BATCH", 1)  # fewer than the positions of one sample
+    assert validation._whole_samples(inputs) is None

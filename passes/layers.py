@@ -163,14 +163,13 @@ def _mixers(attentions: list[Attention], content: set[fx.Node], analysis: TokenA
     """
     attended = {module for attention in attentions if (module := _numbered_module(attention.nodes[0]))}
     siblings = {_list_of(module) for module in attended}
-    others = [
-        node
-        for node, refused in analysis.unproven.items()
-        if node in content
-        and refused.code != "axis"
-        and (module := _numbered_module(node)) not in (None, *attended)
-        and _list_of(module) in siblings
-    ]
+    others = []
+    for node, refused in analysis.unproven.items():
+        module = _numbered_module(node)
+        if node not in content or module is None or refused.code == "axis":
+            continue
+        if module not in attended and _list_of(module) in siblings:
+            others.append(node)
     return [(attention.nodes[0], attention) for attention in attentions] + [(node, None) for node in others]
 
 

@@ -13,7 +13,7 @@ from regate_fx.passes.rules_shape import feature_size, shape_without
 
 # Elementwise operators that do not carry `torch.Tag.pointwise`; those that do need no entry.
 @rule(
-    "aten.type_as", "aten.lift_fresh_copy", "aten.dropout", "aten.feature_dropout", "aten.masked_fill", "aten.__and__",
+    "aten.lift_fresh_copy", "aten.dropout", "aten.feature_dropout", "aten.masked_fill", "aten.__and__",
     "aten.__or__", "aten.__xor__", "aten.fill", "aten.log_sigmoid", "aten.selu", "aten.celu", "aten.relu6",
     "aten.square", "aten.float_power", "aten.true_divide", "aten.multiply", "aten.subtract", "aten.divide",
     "aten.greater", "aten.greater_equal", "aten.less", "aten.less_equal", "aten.not_equal", "aten.clip",
@@ -23,6 +23,13 @@ from regate_fx.passes.rules_shape import feature_size, shape_without
 def elementwise(op: Operands) -> Verdict:
     """Broadcast all tensor operands, every element by itself."""
     return rowwise(op, [op.axes(node) for node in op.tensors()])
+
+
+@rule("aten.type_as")
+def _type_as(op: Operands) -> Verdict:
+    axes = op.axes("self")  # the other operand gives its dtype alone
+    result = axes.with_dims(axes.dims)
+    return Verdict(result, kind_of(result))
 
 
 @rule(

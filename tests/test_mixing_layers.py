@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from comparison import Outcome, compare
 from oracles import golden, observe, run_key_masked
 from small_models import MODELS, Batch, build, random_batch
@@ -31,6 +32,25 @@ class RunningMean(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         count = torch.arange(1, hidden.shape[1] + 1, device=hidden.device, dtype=hidden.dtype)
         return self.inner(hidden.cumsum(1) / count[:, None])
+
+
+class CausalConvolution(nn.Module):
+    """[B, S, D] -> [B, S, D] in place of attention: every position sees itself and the two before it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, 1, 3, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        padded = F.pad(hidden_states.mT, (2, 0))
+        return F.conv1d(padded, self.weight.to(padded.dtype), groups=padded.shape[1]).mT, None
+
+
+def hybrid_llama(*without_attention: int, depth: int = 4) -> Any:
+    model = build("llama", num_hidden_layers=depth)
+    for index in without_attention:
+        model.model.layers[index].self_attn = CausalConvolution(model.config.hidden_size)
+    return model
 
 
 def llama_with_mixing(*layers: int, depth: int = 3) -> Any:
@@ -91,6 +111,21 @@ def test_one_layer_that_mixes_runs_dense_among_gated_ones(mixing: int, generator
     assert [layer.kind for layer in gated.report.layers] == kinds
     assert "cumsum" in gated.report.layers[mixing].reason
     assert gated.report.gated == 2
+
+
+@pytest.mark.parametrize("mixing", [(0, 2), (1, 2, 3)])
+def test_layers_without_attention_run_dense_among_gated_ones(
+    mixing: tuple[int, ...], generator: torch.Generator
+) -> None:
+    model = hybrid_llama(*mixing)
+    gated = regate_fx.compile(model, backend="aot_eager")
+    batch = random_batch(generator, 3, 10, padding="right", share=0.6)
+    baseline = run_with_dense_layers(model, set(mixing), batch, torch.float32)
+    reference = run_with_dense_layers(model, set(mixing), batch, torch.float64)
+    compare(observe(gated, batch), baseline, reference, batch.active).check(f"layers {mixing}")
+    kinds = ["dense" if index in mixing else "varlen" for index in range(4)]
+    assert [layer.kind for layer in gated.report.layers] == kinds
+    assert all("aten.pad" in gated.report.layers[index].reason for index in mixing)
 
 
 def test_a_model_that_mixes_everywhere_is_refused_at_every_call(generator: torch.Generator) -> None:

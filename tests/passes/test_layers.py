@@ -60,6 +60,14 @@ class HandWritten(Block):
         return self.o(weights @ self.v(x))
 
 
+class Convolution(Block):
+    """A layer without attention, that mixes neighbouring tokens."""
+
+    def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        weight = self.weight[:, None, :3]
+        return F.conv1d(F.pad(x.mT, (2, 0)), weight, groups=x.shape[-1]).mT
+
+
 BLOCKS: list[Callable[[], nn.Module]] = [Block, PostNorm, Parallel, TwoAttentions, HandWritten]
 
 
@@ -79,6 +87,22 @@ def test_layers_are_counted_and_end_where_the_next_begins(block: Callable[[], nn
     assert found.layers[0].start is not None
     assert operator_name(found.layers[0].start) == "aten.add"  # embeddings and positions
     assert all(layer.end is not None and operator_name(layer.end) == written for layer in found.layers)
+
+
+def test_layers_that_mix_otherwise_stand_between_those_with_attention() -> None:
+    kinds = [Convolution, Block, Convolution, Convolution, Block, Convolution]
+    found = stack(Decoder([kind() for kind in kinds]))
+    assert [len(layer.attentions) for layer in found.layers] == [int(kind is Block) for kind in kinds]
+    for before, after in zip(found.layers, found.layers[1:], strict=False):
+        assert before.end is after.start
+    assert operator_name(found.layers[0].anchor) == "aten.pad"
+    (after,) = found.layers[-1].end.users  # type: ignore[union-attr]
+    assert operator_name(after) == "aten.layer_norm"
+
+
+def test_what_mixes_beside_an_attention_is_part_of_its_layer() -> None:
+    found = stack(decoder(lambda block, x, mask: block.scale * x.cumsum(1)))
+    assert [len(layer.attentions) for layer in found.layers] == [1, 1]
 
 
 def test_the_last_layer_ends_before_the_final_norm() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparison import Outcome, compare
+from comparison import Comparison, Outcome, compare
 from entries import Entry, NotBuilt, build
 from oracle import NO_LABEL, Unmasked, check_elided_is_unseen, is_shifted, run_masked
 from oracles import _AllInFloat64, _forget_gradients, _gradients
@@ -152,33 +152,47 @@ def _observe(gated: nn.Module, batch: Batch) -> Outcome:
 class _Oracle:
     """The oracle that holds for a model, chosen by what the untouched model does."""
 
+    name: str
+
     def __init__(self, model: nn.Module, batch: Batch, gated: Any) -> None:
         self.model = model
         self.gated_modules: Sequence[nn.Module] = ()
-        layers = gated.report.layers
-        self.shifted = is_shifted(model, batch)
-        if any(layer.kind == "dense" for layer in layers):
-            modules = _decoder_layers(model, len(layers))
-            if modules is None:
-                raise Unmasked("which modules its layers are is not known")
-            self.gated_modules = [
-                m for m, layer in zip(modules, layers, strict=True) if layer.kind != "dense"
-            ]
-            self.name = "masks replaced, elided states held"
-        else:
-            check_elided_is_unseen(model, batch, WORDS)
-            self.name = "masks replaced"
+        self.shifted = True
+        self._reference: nn.Module | None = None
+        try:
+            self.name = self._find(gated.report.layers, batch)
+        except Unmasked as reason:
+            # It shares the capture with what it is compared with: what it says is said apart.
+            self._reference = regate_fx.compile(model, backend="eager", validate=False, reference=True)
+            self.name = f"dense reference only: {reason}"
+
+    def _find(self, layers: Sequence[Any], batch: Batch) -> str:
+        self.shifted = is_shifted(self.model, batch)
+        if not any(layer.kind == "dense" for layer in layers):
+            check_elided_is_unseen(self.model, batch, WORDS)
+            return "masks replaced"
+        modules = _decoder_layers(self.model, len(layers))
+        if modules is None:
+            raise Unmasked("which modules its layers are is not known")
+        self.gated_modules = [m for m, layer in zip(modules, layers, strict=True) if layer.kind != "dense"]
+        return "masks replaced, elided states held"
 
     def compare(self, seen: Outcome, batch: Batch, name: str, row: Row) -> None:
+        if self._reference is not None:
+            self._compare_with_reference(seen, batch, name, row)
+            return
         if batch.attention_mask is None:
             batch = replace(batch, attention_mask=torch.ones_like(batch.input_ids))
         baseline = run_masked(self.model, batch, self.shifted, self.gated_modules)
-        reference = self._golden(batch)
-        comparison = compare(seen, baseline, reference, batch.active)
-        row.worst = max([row.worst, *(d.error / max(d.size, 1e-30) for d in comparison.deviations)])
-        loose = [d for d in comparison.deviations if not d.ok and d.error > 3e-4 * (d.size + d.overall)]
-        if loose or comparison.mismatches:
-            comparison.check(name)
+        _judge(compare(seen, baseline, self._golden(batch), batch.active), name, row)
+
+    def _compare_with_reference(self, seen: Outcome, batch: Batch, name: str, row: Row) -> None:
+        assert self._reference is not None
+        _forget_gradients(self._reference, batch)
+        out = self._reference(**batch.model_inputs(), labels=batch.labels, token_mask=batch.token_mask)
+        out.loss.backward()
+        found = replace(seen, loss=out.loss.detach(), gradients=_gradients(self._reference, batch))
+        _judge(compare(seen, found, found, batch.active), name, row)
 
     def _golden(self, batch: Batch) -> Outcome:
         precise = copy.deepcopy(self.model).double()
@@ -194,6 +208,13 @@ class _Oracle:
                 return run_masked(precise, batch, self.shifted, held)
         except RuntimeError:
             return run_masked(self.model, replace(batch), self.shifted, self.gated_modules)
+
+
+def _judge(comparison: Comparison, name: str, row: Row) -> None:
+    row.worst = max([row.worst, *(d.error / max(d.size, 1e-30) for d in comparison.deviations)])
+    loose = [d for d in comparison.deviations if not d.ok and d.error > 3e-4 * (d.size + d.overall)]
+    if loose or comparison.mismatches:
+        comparison.check(name)
 
 
 def _decoder_layers(model: nn.Module, count: int) -> Sequence[nn.Module] | None:

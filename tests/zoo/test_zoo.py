@@ -1,0 +1,67 @@
+"""A fixed, varied sample of the architectures: each is gated and equal to the oracle. `run.py` checks them all."""
+
+from __future__ import annotations
+
+import pytest
+from check import check
+from entries import ENTRIES, Entry
+
+# By what is special about them; none is among the models that other tests build by hand.
+GATED = (
+    "causal:sarvam_mla",  # latent attention, experts
+    "causal:cohere2",  # parallel branches, windows
+    "causal:llama4_text",  # chunks, complex rotary tables, dense experts
+    "causal:granitemoe",  # looped experts
+    "causal:ernie4_5_moe",  # interleaved rotary tables, experts
+    "causal:diffllama",  # two softmaxes subtracted
+    "causal:gpt_neo",  # tril buffers, local layers
+    "causal:xglm",  # sinusoidal positions with an offset
+    "causal:rembert",  # BERT style, embeddings of another width
+    "causal:electra",
+    "causal:xlm-roberta-xl",  # positions offset by padding
+    "causal:ctrl",  # sinusoidal positions, post norm
+    "causal:whisper",  # decoder of an encoder-decoder, loss not shifted
+    "causal:marian",
+    "causal:mllama",  # cross-attention layers without an image
+    "causal:phi3",  # fused projections
+    "causal:minicpm3",  # residual multipliers
+    "causal:modernbert-decoder",  # alternating windows
+    "image:paligemma",  # prefix attention
+    "image:deepseek_vl",
+    "image:cosmos3_omni",  # three-dimensional positions
+)
+HYBRID = ("causal:qwen3_next", "causal:lfm3", "causal:bamba")
+REFUSED = {
+    "causal:deepseek_v32": "aten.topk picks the largest along token positions",
+    "causal:falcon_mamba": "aten.conv1d",
+}
+
+
+def entry(name: str) -> Entry:
+    mapping, _, model_type = name.partition(":")
+    found = [known for known in ENTRIES if (known.mapping, known.model_type) == (mapping, model_type)]
+    return found[0]
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_every_layer_is_gated_and_right(name: str) -> None:
+    row = check(entry(name), batches=2)
+    assert row.status == "right", row
+    assert row.oracle == "masks replaced"
+    assert not row.kinds.get("dense"), row
+
+
+@pytest.mark.parametrize("name", HYBRID)
+def test_layers_with_attention_are_gated_beside_those_that_mix(name: str) -> None:
+    row = check(entry(name), batches=1)
+    assert row.status == "right", row
+    assert row.oracle == "masks replaced, elided states held"
+    assert row.kinds["varlen"] and row.kinds["dense"]
+    assert "conv1d" in row.reason
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_others_are_refused_by_operator(name: str) -> None:
+    row = check(entry(name), batches=1)
+    assert row.status == "refused", row
+    assert REFUSED[name] in row.reason

@@ -69,7 +69,7 @@ def learn_to_write(
 
 
 def learn_to_see(model: Any, digits: Digits, chance: random.Random, steps: Iterable[int]) -> float:
-    """Teach the vision half the digits of the training writers, as CLIP would know them; returns the accuracy."""
+    """Teach the vision half the digits of the training images, as CLIP would know them; returns the accuracy."""
     tower = model.model.vision_tower
     head = nn.Linear(VISION_SIZE, 10)
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=2e-3)

@@ -33,6 +33,10 @@ from regate_fx.sharded import Sharding
 Compiled = Callable[..., Any]
 
 
+class Captured(BaseException):
+    """Raised in place of running a captured graph, where only the capture was asked for. No error."""
+
+
 @dataclass
 class Captures:
     """The graphs of one model as Dynamo handed them over: rewritten ones, and refusals of the others.
@@ -56,6 +60,7 @@ class GatingBackend:
     referable: keep what it takes to compute the dense reference of graphs captured from now on.
     layerwise: split the graph at the ends of its layers and compile each by itself.
     sharding: of the model in the call that runs, whose parameters are then stand-ins.
+    stops: raise `Captured` in place of running a graph; in `whole` mode then nothing of the model is computed.
     """
 
     compiler: str | Compiled
@@ -66,24 +71,35 @@ class GatingBackend:
     is_referring: bool = False
     layerwise: bool = False
     sharding: Sharding | None = None
+    stops: bool = False
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         self.captures.graphs += 1
         normalised: list[fx.GraphModule] = []
         run = self._rewrite(gm, normalised)
         if run is None:
-            return self._compiler()(gm, example_inputs)
+            return self._stopping(self._compiler()(gm, example_inputs))
         compiled = self._compile(run, example_inputs)
         reference = functools.cache(lambda: _dense_reference(normalised))
         ran = self.captures.ran
 
         def noted(*args: Any) -> Any:
             ran.append(run)
+            if self.stops:
+                raise Captured
             if self.sharding is not None and isinstance(compiled, LayerwiseGraph):
                 return self.sharding.run(compiled, args)
             return (reference() if self.is_referring else compiled)(*args)
 
         return noted
+
+    def _stopping(self, compiled: Compiled) -> Compiled:
+        def run(*args: Any) -> Any:
+            if self.stops:
+                raise Captured
+            return compiled(*args)
+
+        return run
 
     def _compile(self, run: PipelineRun, example_inputs: Sequence[Any]) -> Compiled:
         if not self.layerwise:

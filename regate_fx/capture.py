@@ -20,7 +20,7 @@ from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Us
 from torch._dynamo.exc import Unsupported as DynamoUnsupported
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
-from regate_fx.backend import Captures, GatingBackend
+from regate_fx.backend import Captured, Captures, GatingBackend
 from regate_fx.dynamo_settings import TRACE_LIMIT, capture_settings
 from regate_fx.errors import LayerRefusal, NotGateable, Unsupported
 from regate_fx.inputs import own_signature
@@ -76,7 +76,7 @@ class GatedEngine:
         self._last: tuple[TokenPlan, Tensor | None] | None = None
         self._live = LivePlan()
         self._sharding: Sharding | None = None
-        self._has_run = False
+        self._has_run = self._may_run = False
         self._start(whole=True)
 
     def _start(self, whole: bool) -> None:
@@ -153,6 +153,7 @@ class GatedEngine:
 
     def _once_long(self, plan: TokenPlan, inputs: dict[str, Any], is_long: bool = False) -> GatedOutput:
         self._find_sharding()
+        self._capture_first(plan, inputs)
         if not self._may_check(inputs):
             return self._gated(plan, inputs)
         with self._checking():
@@ -160,6 +161,24 @@ class GatedEngine:
             if self._is_validated and not is_long:
                 return self._gated(plan, inputs)
             return self._checked(plan, inputs)
+
+    def _capture_first(self, plan: TokenPlan, inputs: dict[str, Any]) -> None:
+        """Refuse a model that is one graph, and cannot be gated, before anything of it is computed."""
+        if self._may_run or not self._whole or self._sharding is not None:
+            return
+        self._backend.stops = True
+        try:
+            self._call(plan, inputs)
+        except Captured:
+            captures = self._backend.captures
+            self.check_captures(inputs.get("labels") is not None, captures.refusals)
+            self._graphs = fuller(captures.runs, self._graphs)
+        except (NotGateable, *_NOT_WHOLE) as error:
+            if not self._may_break(error):
+                raise
+        finally:
+            self._backend.stops = False
+        self._may_run = True
 
     def _may_check(self, inputs: dict[str, Any]) -> bool:
         asked = self.options.validate and not self.options.reference

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 
+from regate_fx.backend import Captured
 from regate_fx.capture import GatedEngine, Options
 from regate_fx.errors import InvalidInput, LayerRefusal, NotGateable, PassFailed
 from regate_fx.inputs import decoder_input, own_signature
@@ -95,13 +96,6 @@ def _kept(real: int, outputs: float, keep: float) -> int:
     return min(real, math.ceil(round(real - outputs * (1 - keep), 6)))
 
 
-class _Captured(BaseException):
-    """Raised in place of running a captured graph: nothing is left to learn from a run.
-
-    No error: what was captured is kept.
-    """
-
-
 @dataclass
 class _CaptureOnly:
     """A Dynamo backend that runs a graph only where more of the model has to be captured."""
@@ -116,7 +110,7 @@ class _CaptureOnly:
 
 
 def _stop(*inputs: Any) -> NoReturn:
-    raise _Captured
+    raise Captured
 
 
 def _run(gm: fx.GraphModule, *inputs: Any) -> Any:
@@ -131,7 +125,7 @@ def _captured(model: nn.Module, inputs: dict[str, Any], tokens: Tensor, batch: B
     everything = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     refusals: Sequence[LayerRefusal] = ()
     try:
-        with untouched(model), torch.enable_grad(), contextlib.suppress(_Captured):
+        with untouched(model), torch.enable_grad(), contextlib.suppress(Captured):
             # Not called as a module: hooks are the user's own code.
             gated.forward(**inputs, token_mask=everything)
         engine.check_captures("labels" in inputs, engine.captures.refusals)

@@ -14,8 +14,10 @@ from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from small_models import build
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration, DynamicCache
+from transformers.modeling_outputs import CausalLMOutput
 
-from regate_fx.errors import InvalidInput, RegateError, Unsupported
+import regate_fx
+from regate_fx.errors import InvalidInput, NotGateable, RegateError, Unsupported
 
 MASK = torch.ones(B, S, dtype=torch.bool)
 IDS = torch.ones(B, S, dtype=torch.long)
@@ -216,3 +218,40 @@ def test_adapters_that_add_positions_are_refused(adapter: Any) -> None:
     with pytest.raises(RegateError, match=r"token_mask: expected shape \[2, 12\]|past_key_values"):
         get_peft_model(gated, options)(**batch())
     assert engine.seen == []
+
+
+RAN: list[torch.Size] = []
+
+
+@torch.library.custom_op("regate_fx_tests::seen", mutates_args=())
+def seen(states: torch.Tensor) -> torch.Tensor:
+    """The states; notes that it was run, which no hook on a captured module can."""
+    RAN.append(states.shape)
+    return states.clone()
+
+
+seen.register_fake(torch.empty_like)
+seen.register_autograd(lambda ctx, grad: grad)
+
+
+class WithoutAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, D), nn.Linear(D, 20)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> CausalLMOutput:
+        logits = self.head(seen(self.embedding(input_ids)))
+        loss = nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 20), labels[:, 1:].reshape(-1))
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_model_without_attention_is_refused_before_anything_of_it_runs(validate: bool) -> None:
+    gated = regate_fx.compile(WithoutAttention(), backend="eager", validate=validate)
+    RAN.clear()
+    for _ in range(2):
+        with pytest.raises(NotGateable, match="no attention"):
+            gated(input_ids=IDS, labels=IDS, token_mask=MASK)
+    assert not RAN
+    gated(input_ids=IDS, labels=IDS)
+    assert len(RAN) == 1

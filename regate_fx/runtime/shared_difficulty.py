@@ -52,6 +52,7 @@ class SharedDifficulty(Difficulty):
         """Let every rank know what the others observed; a collective. Tells one process that an epoch has ended."""
         self._visits.begin()
         if ranks.count() == 1:
+            self.settle()
             return
         observed, repeated = by_sample(ranks.gather_labels(*self.own), self._losses.starts)
         self._warn_of_repeats(repeated)
@@ -66,8 +67,10 @@ class SharedDifficulty(Difficulty):
     def state(self) -> dict[str, Any]:
         """ema: float32 [T] on the host; pending: bytes, what each rank observed since the last exchange.
 
-        Raises `Unsupported` where several ranks train and `gather` was not called since the last batch.
+        Raises `InvalidInput` for broken losses of the last batches, and `Unsupported` where several ranks train and
+        `gather` was not called since the last batch.
         """
+        self.settle()
         if ranks.count() > 1 and self._gathered is None:
             raise Unsupported(
                 "the state of one rank",

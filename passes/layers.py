@@ -269,8 +269,10 @@ def _layers(
 ) -> list[Layer]:
     """Group mixers by the last stream value before them."""
     layers: list[Layer] = []
+    floor = 0
     for node, attention in sorted(mixers, key=lambda mixer: order[mixer[0]]):
-        start = stream[behind[node] - 1] if behind[node] else None
+        start = _start(node, stream, behind, floor)
+        floor = behind[node]
         found = [attention] if attention is not None else []
         if layers and start is not None and (layers[-1].start is start or _is_part(node, layers[-1])):
             layers[-1].attentions.extend(found)
@@ -279,6 +281,20 @@ def _layers(
             layers[-1].end = start
         layers.append(Layer(len(layers), node, found, start))
     return layers
+
+
+def _start(node: fx.Node, stream: list[fx.Node], behind: _Behind, floor: int) -> fx.Node | None:
+    """The last stream value before a mixer; what the mixer's own module makes of its input belongs to the layer.
+
+    floor: the first stream value behind the mixer before. Where a module runs twice in a row, what follows is its own.
+    """
+    if not behind[node]:
+        return None
+    last = outside = behind[node] - 1
+    module = _numbered_module(node)
+    while module is not None and outside >= floor and module in _numbered_modules(stream[outside]):
+        outside -= 1
+    return stream[outside if outside >= floor else last]
 
 
 def _is_part(node: fx.Node, layer: Layer) -> bool:

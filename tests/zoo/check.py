@@ -162,6 +162,7 @@ class _Oracle:
         try:
             self.name = self._find(gated.report.layers, batch)
         except Unmasked as reason:
+            self.gated_modules = ()
             # It shares the capture with what it is compared with: what it says is said apart.
             self._reference = regate_fx.compile(model, backend="eager", validate=False, reference=True)
             self.name = f"dense reference only: {reason}"
@@ -175,6 +176,7 @@ class _Oracle:
         if modules is None:
             raise Unmasked("which modules its layers are is not known")
         self.gated_modules = [m for m, layer in zip(modules, layers, strict=True) if layer.kind != "dense"]
+        run_masked(self.model, batch, self.shifted, self.gated_modules)
         return "masks replaced, elided states held"
 
     def compare(self, seen: Outcome, batch: Batch, name: str, row: Row) -> None:

@@ -44,7 +44,8 @@ def run_masked(
     counted = counted_labels(batch, shifted)
     labels = batch.labels.masked_fill(~counted, NO_LABEL)
     _forget_gradients(model, batch)
-    with keys_masked(batch.active), _constant_where_elided(gated, batch.active):
+    masked = _only_in(gated, batch.active) if gated else keys_masked(batch.active)
+    with masked, _constant_where_elided(gated, batch.active):
         out = model(**batch.model_inputs(), labels=labels, **no_cache(model))
     loss = out.loss if counted.any() else (out.logits * 0).sum()
     loss.backward()
@@ -65,6 +66,30 @@ def counted_labels(batch: Batch, shifted: bool) -> Tensor:
 
 def no_cache(model: nn.Module) -> dict[str, Any]:
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+@contextmanager
+def _only_in(gated: Sequence[nn.Module], active: Tensor) -> Iterator[None]:
+    """While active, the masks that some modules are given hide elided keys; others see what they always see."""
+
+    def hide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 4:
+            raise Unmasked("its layers are not given the mask that they use")
+        keys = active[:, None, None, :]
+        lowest = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0.0
+        return args, {
+            **kwargs,
+            "attention_mask": mask & keys if mask.dtype is torch.bool else mask.where(keys, lowest),
+        }
+
+    handles = [module.register_forward_pre_hook(hide, with_kwargs=True) for module in gated]
+    try:
+        with keys_masked(torch.ones_like(active)):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

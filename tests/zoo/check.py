@@ -28,6 +28,8 @@ from torch import nn
 import regate_fx
 from regate_fx.errors import RegateError
 
+LOOSE = 3e-4  # of the size: what float32 may be off where the untouched model happens to be closer
+
 
 @dataclass
 class Row:
@@ -213,8 +215,10 @@ class _Oracle:
 
 
 def _judge(comparison: Comparison, name: str, row: Row) -> None:
-    row.worst = max([row.worst, *(d.error / max(d.size, 1e-30) for d in comparison.deviations)])
-    loose = [d for d in comparison.deviations if not d.ok and d.error > 3e-4 * (d.size + d.overall)]
+    # Of a gradient that all but cancels, rounding is a large part: all gradients together are the measure.
+    relative = [d.error / max(d.size, d.overall, 1e-30) for d in comparison.deviations]
+    row.worst = max([row.worst, *relative])
+    loose = [d for d in comparison.deviations if not d.ok and d.error > LOOSE * (d.size + d.overall)]
     if loose or comparison.mismatches:
         comparison.check(name)
 

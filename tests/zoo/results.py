@@ -21,9 +21,9 @@ def write(rows: Rows, batches: int | None, machine: str, path: Path) -> None:
         f"`python tests/zoo/run.py{'' if batches is None else f' --batches {batches}'}`, {machine}.",
         "",
         f"Each architecture is built small from its own configuration, with random weights; {checked} that `check.py` "
-        "describes went through a gated step, whose loss, losses by label, set of gradients and gradients are compared "
+        "describes went through a gated step. Its loss, losses by label, set of gradients and gradients are compared "
         "with those of the untouched model in which no query sees an elided key (`oracle.py`). *error*: the largest "
-        "relative one of all of these, in float32, against the same in float64.",
+        "one of losses, and of a gradient beside all gradients together; in float32, against the same in float64.",
         "",
         *_totals(rows),
     ]

@@ -22,6 +22,7 @@ from regate_fx.passes.masked_rows import AddMaskedRows
 from regate_fx.passes.masks import ProveMasks
 from regate_fx.passes.placement import Place
 from regate_fx.passes.plan_nodes import FindPlan
+from regate_fx.passes.sinks import FoldSinks
 from regate_fx.passes.token_axes import AnalyseTokenAxes
 from regate_fx.passes.verify import verify
 
@@ -31,7 +32,8 @@ NORMALISE: tuple[Pass, ...] = (
     InlineCheckpoints(),  # first: export rejects checkpoint nodes, and layers inside them are to be found
     Functionalize(),  # before any analysis: an in-place write is a dependence without an edge
     OpenBrackets(),  # before nodes are inserted: a bracket would change what an inserted node means
-    AddMaskedRows(),  # last: it matches functional operators
+    AddMaskedRows(),  # it and what follows match functional operators
+    FoldSinks(),
 )
 ANALYSE: tuple[Pass, ...] = (
     FindPlan(),  # names the symbols that all later passes speak of

@@ -17,6 +17,7 @@ from regate_fx.passes.checkpointing import InlineCheckpoints
 from regate_fx.passes.functionalize import Functionalize
 from regate_fx.passes.masked_rows import AddMaskedRows
 from regate_fx.passes.pipeline import NORMALISE, PIPELINE, run_passes
+from regate_fx.passes.sinks import FoldSinks
 from regate_fx.passes.token_axes import AnalyseTokenAxes
 
 
@@ -95,12 +96,13 @@ def test_rewrites_and_seconds_are_kept_for_every_pass_and_dumps_are_called() -> 
     assert dumped == ["inline_checkpoints"]
 
 
-def test_normalisation_is_the_first_four_passes() -> None:
+def test_normalisation_is_the_first_five_passes() -> None:
     assert [type(step) for step in NORMALISE] == [
         InlineCheckpoints,
         Functionalize,
         OpenBrackets,
         AddMaskedRows,
+        FoldSinks,
     ]
 
 

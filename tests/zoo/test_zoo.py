@@ -17,7 +17,7 @@ GATED = (
     "causal:gpt_neo",  # tril buffers, local layers
     "causal:xglm",  # sinusoidal positions with an offset
     "causal:rembert",  # BERT style, embeddings of another width
-    "causal:electra",
+    "causal:gpt_oss",  # learned sinks
     "causal:xlm-roberta-xl",  # positions offset by padding
     "causal:ctrl",  # sinusoidal positions, post norm
     "causal:whisper",  # decoder of an encoder-decoder, loss not shifted

@@ -153,10 +153,11 @@ class GatedEngine:
 
     def _once_long(self, plan: TokenPlan, inputs: dict[str, Any], is_long: bool = False) -> GatedOutput:
         self._find_sharding()
-        self._capture_first(plan, inputs)
         if not self._may_check(inputs):
+            self._capture_first(plan, inputs)
             return self._gated(plan, inputs)
         with self._checking():
+            self._capture_first(plan, inputs)
             # A single position rarely has a label to compare; its trace is validated when a longer batch runs it.
             if self._is_validated and not is_long:
                 return self._gated(plan, inputs)

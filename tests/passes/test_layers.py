@@ -60,6 +60,15 @@ class HandWritten(Block):
         return self.o(weights @ self.v(x))
 
 
+class NormedStream(Block):
+    """The residual is taken behind the norm, so that the norm's output is a stream value too."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.attention_norm(x)
+        y = y + self.attend(y, mask)
+        return y + self.down(F.gelu(self.up(self.norm(y))))
+
+
 class Convolution(Block):
     """A layer without attention, that mixes neighbouring tokens."""
 
@@ -98,6 +107,12 @@ def test_layers_that_mix_otherwise_stand_between_those_with_attention() -> None:
     assert operator_name(found.layers[0].anchor) == "aten.pad"
     (after,) = found.layers[-1].end.users  # type: ignore[union-attr]
     assert operator_name(after) == "aten.layer_norm"
+
+
+def test_a_layer_begins_where_its_module_does() -> None:
+    found = stack(Decoder([NormedStream(), NormedStream()]))
+    assert [operator_name(layer.start) for layer in found.layers] == ["aten.add", "aten.add"]  # type: ignore[arg-type]
+    assert found.layers[0].end is found.layers[1].start
 
 
 def test_what_mixes_beside_an_attention_is_part_of_its_layer() -> None:

@@ -32,8 +32,11 @@ def functional_trace(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.Grap
     """The graph over ATen operators, pre-dispatch, so that composite ones stay whole; sizes stay symbolic.
 
     inputs: fake values of the placeholders. Returns also the numbers of the placeholders that are written to: their
-    new values come first among the outputs. Raises `Refused` where a shape or stride of an input is changed.
+    new values come first among the outputs. Raises `Refused` where a shape or stride of an input is changed, or
+    where the graph holds parameters or buffers: what is written to them would be lost.
     """
+    if next(gm.parameters(), None) is not None or next(gm.buffers(), None) is not None:
+        raise Refused("mutation", "the graph holds a parameter or buffer that is not a graph input")
     mutated: list[int] = []
 
     def functional(*arguments: Any) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 VOCABULARY = 160
-PAD, BOS, EOS = 1, 0, 2
+PAD = 1
 WORDS = range(3, 110)  # ids from 110 on stand for images and other media, or mark where they begin and end
 DEPTH = 2
 MOST_LAYERS = 6

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from regate_fx.capture import GatedEngine, Options, Scope
+from regate_fx.capture import Options, Scope
+from regate_fx.engine import GatedEngine
 from regate_fx.errors import InvalidInput
 from regate_fx.explain import explain
 from regate_fx.wrapper import Gate, ungated, wrap
@@ -24,6 +25,7 @@ def compile(
     reference: bool = False,
     gate: Gate | None = None,
     scope: Scope = "model",
+    strict: bool = True,
 ) -> Any:
     """Return `model` with one more argument, `token_mask`: the decoder computes only the positions it keeps.
 
@@ -38,6 +40,8 @@ def compile(
                  carry `sample_id`, and takes in its losses; in evaluation the untouched model runs.
     scope:       "model" compiles the rewritten model as one graph; "layers" each decoder layer by itself, equal ones
                  once, with packed states handed from layer to layer: for deep models, and for FSDP2.
+    strict:      False: where no layer can be gated, warn once and run the untouched model, on every position and every
+                 label, in place of raising `NotGateable`. Its output has no `token_loss`, so that no gate can use it.
 
     `gated(input_ids=..., labels=..., token_mask=mask)`, mask bool [B, S], returns an output with `loss` (mean over
     counted labels), `token_loss` float32 [B, S] and `counted` bool [B, S]. Without `token_mask` the untouched
@@ -50,5 +54,11 @@ def compile(
         )
     if scope not in ("model", "layers"):
         raise InvalidInput("scope", f"is {scope!r}.", "Use 'model' or 'layers'.")
-    engine = GatedEngine(original, Options(backend, keep_logits, validate, reference, scope))
+    if gate is not None and not strict:
+        raise InvalidInput(
+            "strict",
+            "is False together with a gate, which learns from the per-token losses of gated calls.",
+            "Drop one; `regate_fx.explain` says beforehand whether a model can be gated.",
+        )
+    engine = GatedEngine(original, Options(backend, keep_logits, validate, reference, scope, strict))
     return wrap(original, engine, gate)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import logging
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -25,20 +24,15 @@ from regate_fx.dynamo_settings import TRACE_LIMIT, capture_settings
 from regate_fx.errors import LayerRefusal, NotGateable, Unsupported
 from regate_fx.inputs import own_signature
 from regate_fx.live import LivePlan
-from regate_fx.modes import evaluating
 from regate_fx.outputs import GatedOutput
 from regate_fx.passes.base import Refused
 from regate_fx.passes.pipeline import PIPELINE, REFERENCE, PipelineRun
 from regate_fx.plan import TokenPlan
-from regate_fx.report import Report
-from regate_fx.sharded import Sharding, find_sharding
-from regate_fx.single_position import lengthen, shorten
-from regate_fx.summary import batch_tokens, fuller, summarise
-from regate_fx.symbols import BY_POSITION, mark_sizes
-from regate_fx.validation import NOT_RUN, NOT_VALIDATED, SHARDED, VALIDATED, is_random, undisturbed, validate
+from regate_fx.sharded import Sharding
+from regate_fx.summary import fuller, summarise
+from regate_fx.symbols import mark_sizes
+from regate_fx.validation import undisturbed
 from regate_fx.wrapper import original_forward
-
-logger = logging.getLogger("regate_fx")
 
 # What Dynamo raises when the capture needs a size to be a constant that was declared to vary.
 _STATIC_SIZES = (UserError, ConstraintViolationError)
@@ -58,25 +52,26 @@ class Options:
     validate: bool = True
     reference: bool = False
     scope: Scope = "model"
+    strict: bool = True
 
 
-@dataclass
-class GatedEngine:
-    """Computes gated calls of one model: captured once, reused for every batch shape and every mask."""
+class CapturedModel:
+    """One model as Dynamo captured it, in one graph or several: captured once, run with every shape and mask.
 
-    model: nn.Module
-    options: Options = field(default_factory=Options)
+    sharding: of the model's parameters; None where they are whole.
+    graphs: the rewritten graphs of the fullest capture so far, in their order.
+    last: plan and padding mask [B, S] of the last call.
+    has_run: the untouched model ran once.
+    """
 
-    def __post_init__(self) -> None:
-        self.validation: str | None = None
-        self._checked_runs: list[PipelineRun] = []
-        self._told: set[str] = set()
-        self._weakest = VALIDATED
-        self._is_apart = self._is_checking = False
-        self._last: tuple[TokenPlan, Tensor | None] | None = None
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.model = model
+        self.options = options
+        self.sharding: Sharding | None = None
+        self.last: tuple[TokenPlan, Tensor | None] | None = None
+        self.has_run = self._may_run = False
+        self._is_checking = False
         self._live = LivePlan()
-        self._sharding: Sharding | None = None
-        self._has_run = self._may_run = False
         self._start(whole=True)
 
     def _start(self, whole: bool) -> None:
@@ -87,8 +82,78 @@ class GatedEngine:
         self._backend = GatingBackend(
             self.options.backend, passes, whole=whole, referable=self._is_checking, layerwise=layerwise
         )
-        self._graphs: list[PipelineRun] = []
+        self.graphs: list[PipelineRun] = []
         self._runs: dict[frozenset[str], Callable[..., Any]] = {}
+
+    @property
+    def captures(self) -> Captures:
+        return self._backend.captures
+
+    @contextlib.contextmanager
+    def checking(self) -> Iterator[None]:
+        """While active, what is captured keeps what its dense reference takes."""
+        self._is_checking = self._backend.referable = True
+        try:
+            yield
+        finally:
+            self._is_checking = self._backend.referable = False
+
+    def referring(self) -> contextlib.AbstractContextManager[None]:
+        """While active, calls compute the dense reference, or raise `NotGateable` where there is none."""
+        return self._backend.referring()
+
+    def __call__(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
+        try:
+            return self._call(plan, inputs)
+        except (NotGateable, *_NOT_WHOLE) as error:
+            # A break in the graph makes a model several graphs: the plan has to enter each, and a size that
+            # passes from one to the next is taken for a constant.
+            # With sharded layers no code outside the graph may run: it would meet stand-ins of their parameters.
+            if not self._whole or self.sharding is not None or not self._may_break(error):
+                raise _as_refusal(error) from error
+        started = self._whole, self._backend, self.graphs, self._runs
+        if not self.has_run:
+            # What a model does in its first run only, hooks it installs and tables it fills, breaks no later capture.
+            with undisturbed(self.model), torch.no_grad():
+                self.untouched(plan, inputs)
+            self._start(whole=True)
+        else:
+            self._start(whole=False)
+        try:
+            return self(plan, inputs)
+        except Exception:
+            # The call was wrong, not the capture: the next good one finds it as it was.
+            self._whole, self._backend, self.graphs, self._runs = started
+            raise
+
+    def _may_break(self, error: Exception) -> bool:
+        """Whether several graphs may succeed where one did not: there was none, or it reads numbers from tensors."""
+        reads = any(refused.code == "number" for refused in self._backend.captures.refusals)
+        return reads or not isinstance(error, NotGateable)
+
+    def first(self, plan: TokenPlan, inputs: dict[str, Any]) -> None:
+        """Refuse a model that is one graph, and cannot be gated, before anything of it is computed."""
+        if self._may_run or not self._whole or self.sharding is not None:
+            return
+        self._backend.stops = True
+        try:
+            self._call(plan, inputs)
+        except Captured:
+            captures = self._backend.captures
+            self.check_captures(inputs.get("labels") is not None, captures.refusals)
+            self.graphs = fuller(captures.runs, self.graphs)
+        except (NotGateable, *_NOT_WHOLE) as error:
+            if not self._may_break(error):
+                raise
+        finally:
+            self._backend.stops = False
+        self._may_run = True
+
+    def untouched(self, plan: TokenPlan, inputs: dict[str, Any]) -> Any:
+        """The output of the user's own model in eager mode, which takes no notice of the plan."""
+        output = original_forward(self.model)(**(inputs | self._no_cache))
+        self.has_run = True
+        return output
 
     def _run(self, inputs: dict[str, Any]) -> Callable[..., Any]:
         """The traced function for calls with these argument names.
@@ -118,194 +183,6 @@ class GatedEngine:
         if "attention_mask" not in named or "position_ids" in inputs or "attention_mask" in inputs:
             return inputs
         return inputs | {"attention_mask": torch.ones_like(plan.row_of)}
-
-    @property
-    def report(self) -> Report | None:
-        """Made when asked for, and for the last call: counting its tokens waits for the device."""
-        if self._last is None:
-            return None
-        report = summarise(self._backend.captures, self._graphs, batch_tokens(*self._last))
-        report.validation = self.validation or ""
-        return report
-
-    @property
-    def captures(self) -> Captures:
-        return self._backend.captures
-
-    def fresh(self, model: nn.Module) -> GatedEngine:
-        return replace(self, model=model)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "options": self.options}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
-
-    def __call__(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
-        """One gated call.
-
-        Raises `NotGateable` where no layer can be gated, and at the calls that could train the model and run a trace
-        for the first time `ValidationFailed` where the compiled graph disagrees with it.
-        """
-        if plan.row_of.shape[1] == 1:
-            return shorten(self._once_long(*lengthen(plan, inputs, BY_POSITION)))
-        return self._once_long(plan, inputs, is_long=True)
-
-    def _once_long(self, plan: TokenPlan, inputs: dict[str, Any], is_long: bool = False) -> GatedOutput:
-        self._find_sharding()
-        if not self._may_check(inputs):
-            self._capture_first(plan, inputs)
-            return self._gated(plan, inputs)
-        with self._checking():
-            self._capture_first(plan, inputs)
-            # A single position rarely has a label to compare; its trace is validated when a longer batch runs it.
-            if self._is_validated and not is_long:
-                return self._gated(plan, inputs)
-            return self._checked(plan, inputs)
-
-    def _capture_first(self, plan: TokenPlan, inputs: dict[str, Any]) -> None:
-        """Refuse a model that is one graph, and cannot be gated, before anything of it is computed."""
-        if self._may_run or not self._whole or self._sharding is not None:
-            return
-        self._backend.stops = True
-        try:
-            self._call(plan, inputs)
-        except Captured:
-            captures = self._backend.captures
-            self.check_captures(inputs.get("labels") is not None, captures.refusals)
-            self._graphs = fuller(captures.runs, self._graphs)
-        except (NotGateable, *_NOT_WHOLE) as error:
-            if not self._may_break(error):
-                raise
-        finally:
-            self._backend.stops = False
-        self._may_run = True
-
-    def _may_check(self, inputs: dict[str, Any]) -> bool:
-        asked = self.options.validate and not self.options.reference
-        can = self._sharding is None or self.validation is None
-        return asked and can and torch.is_grad_enabled() and inputs.get("labels") is not None
-
-    @contextlib.contextmanager
-    def _checking(self) -> Iterator[None]:
-        """While active, what is captured keeps what its dense reference takes."""
-        self._is_checking = self._backend.referable = True
-        try:
-            yield
-        finally:
-            self._is_checking = self._backend.referable = False
-
-    def _checked(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
-        """A gated call that hands out no result of a trace before it was validated, where that can be done."""
-        tries = not self._is_validated
-        if tries:
-            self._validate(inputs)
-        output = self._gated(plan, inputs)
-        last, ran = self._last, list(self._backend.captures.ran)
-        # The first batch may run another trace than its small part: one that is made for a size of one, say.
-        if self._unchecked(ran) and not (tries and (self._is_apart or not self._is_validated)):
-            self._validate(inputs, own=plan.row_of >= 0)
-            self._last = last
-        if self._is_validated:
-            unchecked = self._unchecked(ran)
-            if unchecked and not self._is_apart:
-                self._weakest = self._weakest.removesuffix(NOT_RUN) + NOT_RUN
-                self._tell(self._weakest)
-            self._checked_runs += unchecked
-        return output
-
-    @property
-    def _is_validated(self) -> bool:
-        return self.validation is not None and not self.validation.startswith(NOT_VALIDATED)
-
-    def _unchecked(self, ran: list[PipelineRun]) -> list[PipelineRun]:
-        return [run for run in ran if all(run is not checked for checked in self._checked_runs)]
-
-    def _tell(self, outcome: str) -> None:
-        self.validation = outcome
-        if outcome != VALIDATED and outcome not in self._told:
-            self._told.add(outcome)
-            logger.warning("%s", outcome)
-
-    def _validate(self, inputs: dict[str, Any], own: Tensor | None = None) -> None:
-        """Compare with the untouched model; in eval mode, on a capture of its own, where training mode is random."""
-        if self._sharding is not None:
-            self._tell(SHARDED)
-            return
-        gated = self
-        ran: list[PipelineRun] = []
-
-        def noting(plan: TokenPlan, batch: dict[str, Any]) -> GatedOutput:
-            output = gated._gated(plan, batch)
-            ran.extend(gated._backend.captures.ran)
-            return output
-
-        with contextlib.ExitStack() as stack:
-            self._is_apart = is_random(self.model, inputs, self._untouched)
-            if self._is_apart:
-                stack.enter_context(evaluating(self.model))
-                gated = GatedEngine(self.model, replace(self.options, backend="eager", keep_logits=False))
-                gated._has_run = self._has_run
-                stack.enter_context(gated._checking())
-            outcome = validate(self.model, inputs, noting, self._untouched, gated._dense_reference, own)
-        if outcome.startswith(NOT_VALIDATED):
-            self._tell(outcome)
-            return
-        self._checked_runs += self._unchecked(ran)
-        if outcome != VALIDATED:
-            self._weakest = outcome
-        self._tell(self._weakest)
-
-    def _find_sharding(self) -> None:
-        self._sharding = find_sharding(self.model, self._sharding)
-        if self._sharding is not None and (self.options.scope != "layers" or self.options.reference):
-            raise Unsupported(
-                "a model with sharded layers in one graph",
-                "they hold their parameters only while they run.",
-                "Compile it with scope='layers'.",
-            )
-
-    def _dense_reference(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput | None:
-        """The dense reference of the captured graphs, None where one of them has none."""
-        with self._backend.referring():
-            try:
-                return self._gated(plan, inputs)
-            except NotGateable:
-                return None
-
-    def _untouched(self, plan: TokenPlan, inputs: dict[str, Any]) -> Any:
-        output = original_forward(self.model)(**(inputs | self._no_cache))
-        self._has_run = True
-        return output
-
-    def _gated(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
-        try:
-            return self._call(plan, inputs)
-        except (NotGateable, *_NOT_WHOLE) as error:
-            # A break in the graph makes a model several graphs: the plan has to enter each, and a size that
-            # passes from one to the next is taken for a constant.
-            # With sharded layers no code outside the graph may run: it would meet stand-ins of their parameters.
-            if not self._whole or self._sharding is not None or not self._may_break(error):
-                raise _as_refusal(error) from error
-        started = self._whole, self._backend, self._graphs, self._runs
-        if not self._has_run:
-            # What a model does in its first run only, hooks it installs and tables it fills, breaks no later capture.
-            with undisturbed(self.model), torch.no_grad():
-                self._untouched(plan, inputs)
-            self._start(whole=True)
-        else:
-            self._start(whole=False)
-        try:
-            return self._gated(plan, inputs)
-        except Exception:
-            # The call was wrong, not the capture: the next good one finds it as it was.
-            self._whole, self._backend, self._graphs, self._runs = started
-            raise
-
-    def _may_break(self, error: Exception) -> bool:
-        """Whether several graphs may succeed where one did not: there was none, or it reads numbers from tensors."""
-        reads = any(refused.code == "number" for refused in self._backend.captures.refusals)
-        return reads or not isinstance(error, NotGateable)
 
     def _call(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
         captures = self._backend.captures
@@ -339,8 +216,8 @@ class GatedEngine:
                 token_loss, counted = self._live.leave()
         self.check_captures(labelled, captures.refusals[seen[1] :])
         if captures.graphs != seen[0]:
-            self._graphs = fuller(captures.runs[seen[2] :], self._graphs)
-        self._last = plan, padding
+            self.graphs = fuller(captures.runs[seen[2] :], self.graphs)
+        self.last = plan, padding
         if not labelled or self.options.reference or self._backend.is_referring:
             return GatedOutput(loss=loss, logits=logits)
         return GatedOutput(
@@ -350,9 +227,9 @@ class GatedEngine:
     @contextlib.contextmanager
     def _stood_in(self) -> Iterator[None]:
         """While active, sharded parameters are replaced by stand-ins, until the captured graph runs."""
-        self._backend.sharding = self._sharding
+        self._backend.sharding = self.sharding
         try:
-            with contextlib.nullcontext() if self._sharding is None else self._sharding.captured():
+            with contextlib.nullcontext() if self.sharding is None else self.sharding.captured():
                 yield
         finally:
             self._backend.sharding = None

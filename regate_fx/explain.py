@@ -9,18 +9,19 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
 
 from regate_fx.backend import Captured
-from regate_fx.capture import GatedEngine, Options
+from regate_fx.capture import Options
+from regate_fx.engine import GatedEngine
 from regate_fx.errors import InvalidInput, LayerRefusal, NotGateable, PassFailed
 from regate_fx.inputs import decoder_input, own_signature
-from regate_fx.report import BatchTokens, Cost, Expectation, LayerReport, Report
-from regate_fx.summary import summarise
+from regate_fx.report import BatchTokens, Expectation, Report
+from regate_fx.summary import all_dense, summarise
 from regate_fx.untouched import untouched
 from regate_fx.wrapper import ungated, wrap
 
@@ -38,6 +39,9 @@ def explain(
     keep:         share of the labelled tokens that training is to keep, 0 < keep <= 1.
     output_share: labelled tokens among all that are no padding, 0 to 1. By default it is counted in `labels`;
                   without them every token is taken to be labelled, as in training on plain text.
+
+    A model on the meta device, with inputs there, is explained without its weights: it is judged for CUDA, and without
+    padding, which cannot be read from a mask that has no values.
 
     Nothing is trained, and the model is left as it was: parameters, gradients, buffers, modes, attributes and
     random state. As a rule it does not even run; where Python code breaks its graph into several, it runs
@@ -76,19 +80,23 @@ def _expected(
     tokens: Tensor, attention_mask: object, labels: object, keep: float, output_share: float | None
 ) -> tuple[BatchTokens, Expectation]:
     """The batch with as many active positions as selection will leave: all but the labels it drops."""
-    real = torch.ones(tokens.shape[:2], dtype=torch.bool)
-    if isinstance(attention_mask, Tensor) and attention_mask.shape == real.shape:
+    real = torch.ones(tokens.shape[:2], dtype=torch.bool, device="cpu")
+    if _has_values(attention_mask, real.shape):
         real = attention_mask.cpu() != 0
     reals = real.sum(1).tolist()
     if output_share is not None:
         labelled, origin = [output_share * count for count in reals], "as given"
-    elif isinstance(labels, Tensor) and labels.shape == real.shape:
+    elif _has_values(labels, real.shape):
         labelled, origin = ((labels.cpu() != IGNORED) & real).sum(1).tolist(), "counted in labels"
     else:
         labelled, origin = reals, "assumed, since no labels were given"
     share = sum(labelled) / max(sum(reals), 1)
     active = [_kept(count, outputs, keep) for count, outputs in zip(reals, labelled, strict=True)]
     return BatchTokens(real.shape[1], tuple(reals), tuple(active)), Expectation(keep, share, origin)
+
+
+def _has_values(tensor: object, shape: torch.Size) -> TypeGuard[Tensor]:
+    return isinstance(tensor, Tensor) and tensor.shape == shape and not tensor.is_meta
 
 
 def _kept(real: int, outputs: float, keep: float) -> int:
@@ -128,25 +136,10 @@ def _captured(model: nn.Module, inputs: dict[str, Any], tokens: Tensor, batch: B
         with untouched(model), torch.enable_grad(), contextlib.suppress(Captured):
             # Not called as a module: hooks are the user's own code.
             gated.forward(**inputs, token_mask=everything)
-        engine.check_captures("labels" in inputs, engine.captures.refusals)
+        engine.check_captures("labels" in inputs)
     except NotGateable as error:
         refusals = error.refusals
     except PassFailed as error:
         refusals = [LayerRefusal(None, "pass-failed", str(error))]
     report = summarise(engine.captures, engine.captures.runs, batch)
-    return _refused(report, refusals) if refusals else report
-
-
-def _refused(report: Report, refusals: Sequence[LayerRefusal]) -> Report:
-    """The report of a model that cannot be gated: every layer dense, for its own reason or the model's."""
-    whole = [refusal for refusal in refusals if refusal.layer is None]
-    reason = whole[0] if whole else refusals[0]
-
-    def dense(layer: LayerReport) -> LayerReport:
-        if layer.kind == "dense":
-            return layer
-        cost = Cost(layer.cost.dense, layer.cost.dense)
-        return replace(layer, kind="dense", reason=reason.reason, source=reason.source, cost=cost)
-
-    head = Cost(report.head.dense, report.head.dense)
-    return replace(report, layers=[dense(layer) for layer in report.layers], refusals=whole, head=head)
+    return all_dense(report, refusals) if refusals else report

@@ -157,6 +157,12 @@ def decoder_input(signature: Signature, inputs: Mapping[str, Any]) -> tuple[str,
     )
 
 
+def padding_of(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The padding mask [B, S] among the checked inputs of a call; None without one, or with one over pairs."""
+    mask = inputs.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
 def _padding_mask(name: str, mask: object, tokens: Tensor) -> Tensor | None:
     """`mask` if padding can be read from it ([B, S]); None for a mask over pairs of positions."""
     if not isinstance(mask, Tensor) or mask.ndim != 2:

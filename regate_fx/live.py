@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regate_fx.inputs import padding_of
 from regate_fx.plan import TokenPlan
 
 
@@ -34,8 +35,7 @@ class LivePlan:
 
     def enter(self, plan: TokenPlan, inputs: dict[str, Any]) -> None:
         self.plan = plan.tensors()
-        mask = inputs.get("attention_mask")
-        self.attention_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.attention_mask = padding_of(inputs)
         self.labels = inputs.get("labels")
         self.depth = 0
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -108,6 +109,7 @@ class Report:
     before:    cost of what is computed before the layers or beside them; `head`: of what follows them.
     uncounted: products left out of the FLOPs because their size depends on data.
     expected:  in a report from `explain`, what it assumes of training.
+    fallback:  calls with a token mask run the untouched model (`strict=False`).
     validation: what the first call that could train was compared with, or why it was not; empty before it.
     cost_of:   estimated forward FLOPs of any other batch, as `cost` is for `batch`; None without a captured graph.
     """
@@ -121,6 +123,7 @@ class Report:
     head: Cost = NO_COST
     uncounted: int = 0
     expected: Expectation | None = None
+    fallback: bool = False
     validation: str = ""
     cost_of: Callable[[BatchTokens], Cost] | None = field(default=None, repr=False, compare=False)
 
@@ -140,6 +143,25 @@ class Report:
     def cost(self) -> Cost:
         """Estimated forward FLOPs of the whole model."""
         return sum((layer.cost for layer in self.layers), start=self.before + self.head)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as numbers and strings, for JSON. FLOPs are of one forward."""
+
+        return {
+            "gated_layers": self.gated,
+            "active_share": self.active_share,
+            "expected": self.expected and asdict(self.expected),
+            "batch": self.batch and asdict(self.batch),
+            "flops": asdict(self.cost) | {"saved": self.cost.saved, "uncounted_products": self.uncounted},
+            "before": asdict(self.before),
+            "layers": [asdict(layer) for layer in self.layers],
+            "head": asdict(self.head),
+            "refusals": [str(refusal) for refusal in self.refusals],
+            "fallback": self.fallback,
+            "validation": self.validation,
+            "traces": self.traces,
+            "seconds": self.seconds,
+        }
 
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [Text(_headline(self), style="bold")]
@@ -216,6 +238,8 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"{number}) {note}"
     for refusal in report.refusals:
         yield str(refusal)
+    if report.fallback:
+        yield "Calls with a token mask run the untouched model (strict=False)."
     yield from _share_lines(report)
     if report.uncounted:
         yield f"{report.uncounted} products whose size depends on data are not counted."

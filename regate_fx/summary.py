@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from regate_fx.passes.layouts import Layout
 from regate_fx.passes.pipeline import PipelineRun
 from regate_fx.passes.token_axes import TokenAxes
 from regate_fx.plan import TokenPlan
-from regate_fx.report import BatchTokens, LayerReport, Report
+from regate_fx.report import BatchTokens, Cost, LayerReport, Report
 
 
 def batch_tokens(plan: TokenPlan, attention_mask: Tensor | None) -> BatchTokens:
@@ -46,6 +47,21 @@ def summarise(captures: Captures, runs: Sequence[PipelineRun], batch: BatchToken
     refused += [reason for reason in unproven if not report.layers or reason.code == "loss"]
     report.refusals = list(dict.fromkeys(refused))
     return report
+
+
+def all_dense(report: Report, refusals: Sequence[LayerRefusal]) -> Report:
+    """The report of a model that cannot be gated: every layer dense, for its own reason or the model's."""
+    whole = [refusal for refusal in refusals if refusal.layer is None]
+    reason = whole[0] if whole else refusals[0]
+
+    def dense(layer: LayerReport) -> LayerReport:
+        if layer.kind == "dense":
+            return layer
+        cost = Cost(layer.cost.dense, layer.cost.dense)
+        return replace(layer, kind="dense", reason=reason.reason, source=reason.source, cost=cost)
+
+    head = Cost(report.head.dense, report.head.dense)
+    return replace(report, layers=[dense(layer) for layer in report.layers], refusals=whole, head=head)
 
 
 _NO_ATTENTION = LayerRefusal(None, "no-attention", "no attention over the decoder's positions was found")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from regate_fx.errors import ValidationFailed
+from regate_fx.inputs import padding_of
 from regate_fx.plan import TokenPlan, make_plan
 
 # Memory bound: at most this many samples and positions, or so many positions of whole samples, and one set of gradients
@@ -72,7 +73,7 @@ def validate(
     own = batch.pop(_OWN, None)
     with undisturbed(model):
         everything = torch.ones_like(batch["labels"], dtype=torch.bool)
-        plan = make_plan(everything, _padding(batch))
+        plan = make_plan(everything, padding_of(batch))
         output = gated(plan, batch)
         if not bool(output.counted.any()):
             return NOT_VALIDATED + "the batch has no labels"
@@ -101,13 +102,8 @@ def is_random(model: nn.Module, inputs: dict[str, Any], untouched: Call) -> bool
     if batch is None:
         return False
     with undisturbed(model), torch.no_grad():
-        plan = make_plan(torch.ones_like(batch["labels"], dtype=torch.bool), _padding(batch))
+        plan = make_plan(torch.ones_like(batch["labels"], dtype=torch.bool), padding_of(batch))
         return untouched(plan, batch).loss.item() != untouched(plan, batch).loss.item()
-
-
-def _padding(batch: dict[str, Any]) -> Tensor | None:
-    mask = batch.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _half(present: Tensor) -> Tensor:
@@ -142,7 +138,7 @@ def _part(model: nn.Module, inputs: dict[str, Any], untouched: Call) -> dict[str
 def _runs(model: nn.Module, batch: dict[str, Any], untouched: Call) -> bool:
     """Whether the untouched model takes a batch: as many pictures as samples need not be one for each."""
     with undisturbed(model), torch.no_grad():
-        plan = make_plan(torch.ones_like(batch["labels"], dtype=torch.bool), _padding(batch))
+        plan = make_plan(torch.ones_like(batch["labels"], dtype=torch.bool), padding_of(batch))
         try:
             untouched(plan, batch)
         except Exception:
@@ -201,7 +197,7 @@ def _cut(value: Any, samples: Tensor, window: slice, batch: int, length: int) ->
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Restore random state and buffers afterwards; gradients are taken without touching `.grad`."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if not buffer.is_meta}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         torch.manual_seed(0)
@@ -211,7 +207,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for name, buffer in model.named_buffers():
                     # Not written where it can be left alone: a step that waits for its backward may have saved it.
-                    if not torch.equal(buffer, buffers[name]):
+                    if name in buffers and not torch.equal(buffer, buffers[name]):
                         buffer.copy_(buffers[name])
 
 

@@ -12,7 +12,7 @@ from small_vlms import ImageBatch, build_vlm, image_batch
 from torch._dynamo.utils import counters
 
 import regate_fx
-from regate_fx import capture, validation
+from regate_fx import engine, validation
 from regate_fx.errors import ValidationFailed
 from regate_fx.passes import masks, rewrite_loss
 from regate_fx.passes.masks import MaskProof
@@ -143,7 +143,7 @@ def validations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         outcomes.append(validate(*args))
         return outcomes[-1]
 
-    monkeypatch.setattr(capture, "validate", counted)
+    monkeypatch.setattr(engine, "validate", counted)
     return outcomes
 
 

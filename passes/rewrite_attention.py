@@ -50,7 +50,8 @@ def autocast_dtype(node: fx.Node, device: str) -> torch.dtype | None:
     for kind, dtype, enabled, _ in reversed(node.meta.get("autocast", ())):
         if kind == device:
             return (dtype or torch.get_autocast_dtype(device)) if enabled else None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    ambient = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if ambient else None
 
 
 def _as_autocast(rewriter: Rewriter, node: fx.Node, value: fx.Node) -> fx.Node:

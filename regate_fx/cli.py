@@ -25,6 +25,32 @@ def regate_fx() -> None:
 
 
 @app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="Hub name, folder or config.json; weights are not loaded.")],
+    seq: Annotated[int, typer.Option(min=2, help="Positions of a sample.")] = 4096,
+    batch: Annotated[int, typer.Option(min=2, help="Samples of a batch.")] = 2,
+    keep: Annotated[float, typer.Option(help="Share of the labelled tokens that is kept.")] = 0.5,
+    output_share: Annotated[
+        float | None,
+        typer.Option(help="Labelled tokens among all.  [default: all, as in training on plain text]"),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code from the hub.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+) -> None:
+    """Tell which layers of a model can be gated, why not the others, and the FLOPs that would save.
+
+    A vision-language model is seen with text alone. The exit code is 1 where nothing can be gated.
+    """
+    from regate_fx import explain_command
+
+    explain_command.run(
+        explain_command.Request(model, seq, batch, keep, output_share, trust_remote_code), as_json=as_json
+    )
+
+
+@app.command()
 def inspect(
     paths: Annotated[
         list[Path],

@@ -70,14 +70,18 @@ def make_plan(
     """Build the plan of one batch.
 
     token_mask: bool [B, S]; attention_mask: [B, S], zero at padding, or None. Padding is never active.
-    sizes: N and L, where the caller knows them; otherwise this waits for the device once to learn them.
+    sizes: N and L, where the caller knows them; otherwise this waits for the device once to learn them. On the meta
+    device, where nothing can be counted, every position counts as active.
     Raises `InvalidInput` when no position is left, or where `sizes` are not those of the mask (on an accelerator that
     is an asynchronous assertion).
     """
     active = token_mask if attention_mask is None else token_mask & (attention_mask != 0)
     B, S = active.shape
     counts = active.sum(1)
-    N, L = _measure(counts) if sizes is None else _asserted(sizes, counts)
+    if sizes is None:
+        N, L = (B * S, S) if active.is_meta else _measure(counts)
+    else:
+        N, L = _asserted(sizes, counts)
     if N == 0:
         raise InvalidInput(
             "token_mask",

@@ -45,8 +45,8 @@ class _State:
         self._module = module
         self._attributes = dict(vars(module))
         self._tables = {name: dict(vars(module)[name]) for name in self._TABLES}
-        buffers = module._buffers.values()
-        self._values = [(buffer, buffer.detach().clone()) for buffer in buffers if buffer is not None]
+        buffers = [buffer for buffer in module._buffers.values() if buffer is not None and not buffer.is_meta]
+        self._values = [(buffer, buffer.detach().clone()) for buffer in buffers]
 
     def restore(self) -> None:
         _put_back(vars(self._module), self._attributes)

@@ -48,12 +48,13 @@ def supported(
 ) -> str | None:
     """Return None when `regate_fx::varlen_attention` computes this exactly, else one sentence saying why not.
 
+    device_type: "meta", where nothing runs, is judged as CUDA, for which weights are planned.
     mask: None or False where the attention has no mask tensor, anything else where it has one.
     capability: of the CUDA device; None reads it from the current device where there is one.
     """
     if device_type == "cpu":
         return None if dtype in _CPU_DTYPES else f"the CPU kernel does not take {dtype}"
-    if device_type != "cuda":
+    if device_type not in ("cuda", "meta"):
         return f"there is no variable-length attention kernel for device type {device_type!r}"
     if dtype not in _CUDA_DTYPES:
         return f"the CUDA kernels take bfloat16 and float16, not {dtype}"

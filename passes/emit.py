@@ -1,12 +1,13 @@
 """Write nodes into a new graph, each with its fake value computed on the spot.
 
-A wrong shape therefore fails where it is written, and every pass hands on fresh metadata.
+A wrong shape therefore fails where it is written, and every pass hands on fresh metadata. Calls that are alike share
+one value: a deep model repeats each of them in every layer.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 
 from regate_fx.passes.base import fake
+from regate_fx.passes.fake_results import call_key
 
 # What a rewritten node inherits from the node it stands for.
 _INHERITED = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "autocast", "seq_nr")
+
+_READS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class Emitter:
@@ -28,6 +32,8 @@ class Emitter:
         self.graph = graph
         self._fake_mode = fake_mode
         self._like: fx.Node | None = None
+        self._results: dict[Hashable, Any] = {}
+        self._sharing: set[fx.Node] = set()
 
     @contextlib.contextmanager
     def like(self, node: fx.Node) -> Iterator[None]:
@@ -40,14 +46,31 @@ class Emitter:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)
         self._inherit(node)
+        if _READS_VALUES.intersection(getattr(target, "tags", ())):
+            self._own_values(node.all_input_nodes)
         values, named = fx.map_arg((args, kwargs), fake)
+        autocast = node.meta.get("autocast", ())
+        key = call_key(target, values, named)
+        if key is not None and (key, autocast) in self._results:
+            node.meta["val"] = self._results[key, autocast]
+            self._sharing.add(node)
+            return node
         # The Python dispatcher brings decompositions that keep sizes symbolic where C++ kernels would read them.
-        with self._fake_mode, enable_python_dispatcher(), _autocast(node.meta.get("autocast", ())):
+        with self._fake_mode, enable_python_dispatcher(), _autocast(autocast):
             node.meta["val"] = target(*values, **named)
         # A number read from a tensor has a symbol of its own, which a later capture looks for at this node.
         if bindings := compute_unbacked_bindings(self._fake_mode.shape_env, node.meta["val"]):
             node.meta["unbacked_bindings"] = bindings
+        elif key is not None:
+            self._results[key, autocast] = node.meta["val"]
         return node
+
+    def _own_values(self, nodes: list[fx.Node]) -> None:
+        """A fake value keeps the symbols of the numbers that were read from it: what is read must not be shared."""
+        for node in self._sharing.intersection(nodes):
+            with self._fake_mode:
+                node.meta["val"] = torch.ops.aten.alias.default(node.meta["val"])
+            self._sharing.remove(node)
 
     def attribute(self, name: str, value: Any) -> fx.Node:
         node = self.graph.get_attr(name)

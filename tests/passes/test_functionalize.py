@@ -15,7 +15,8 @@ from torch._functorch.aot_autograd import aot_export_module
 
 from regate_fx.errors import PassFailed
 from regate_fx.passes import brackets, functionalize
-from regate_fx.passes.base import Refused, operator_name
+from regate_fx.passes.base import PassContext, Refused, operator_name
+from regate_fx.passes.pipeline import NORMALISE, run_passes
 
 
 def new_empty(w: Small, x: Tensor) -> Tensor:
@@ -259,6 +260,17 @@ def test_a_batched_transform_is_refused_by_name(ids: dict[str, Tensor]) -> None:
     body = lambda w, x: torch.vmap(lambda row: row.cumsum(0))(x)  # noqa: E731
     with pytest.raises((Refused, PassFailed), match=r"functorch|vmap"):
         run_until("functionalize", Small(body), ids)
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_a_graph_with_state_of_its_own_is_refused(kind: str, ids: dict[str, Tensor]) -> None:
+    """Dynamo makes parameters and buffers graph inputs; what is written to others would be lost."""
+    raw = capture(Small(running_mean), ids).graph_module
+    held = nn.Parameter(torch.zeros(D)) if kind == "parameter" else torch.zeros(D)
+    getattr(raw, f"register_{kind}")("held", held)
+    with pytest.raises(Refused, match="not a graph input") as caught:
+        run_passes(raw, PassContext(), NORMALISE)
+    assert caught.value.code == "mutation"
 
 
 def test_export_itself_does_not_restore_mutations(ids: dict[str, Tensor]) -> None:

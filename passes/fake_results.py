@@ -1,0 +1,59 @@
+"""What decides an operator's result on fake values, so that layers that are alike need not compute it again."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_PLAIN = (
+    int,
+    float,
+    complex,
+    bool,
+    str,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+
+
+def call_key(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
+    """Equal for calls whose results differ in nothing that a fake value shows; None where that is not known."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    try:
+        return (target, _key(args), *((name, _key(value)) for name, value in kwargs.items()))
+    except _Undecided:
+        return None
+
+
+class _Undecided(Exception):
+    pass
+
+
+def _key(value: Any) -> Hashable:
+    if isinstance(value, _SYMBOLIC):
+        return value.node.expr
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_key, value))
+    # The value of a constant may decide, and a value of another kind may be anything.
+    if not isinstance(value, FakeTensor) or value.constant is not None or value.layout != torch.strided:
+        raise _Undecided
+    return (
+        tuple(map(_key, value.shape)),
+        tuple(map(_key, value.stride())),
+        _key(value.storage_offset()),
+        value.dtype,
+        value.device,
+        value.requires_grad,
+        value.is_conj(),
+        value.is_neg(),
+    )

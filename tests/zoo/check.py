@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from comparison import Comparison, Outcome, compare
-from entries import Entry, NotBuilt, build
+from entries import Built, Entry, NotBuilt, build
 from oracle import NO_LABEL, Unmasked, check_elided_is_unseen, is_shifted, run_masked
 from oracles import _AllInFloat64, _forget_gradients, _gradients
+from pictures import PictureBatch, picture_batch
 from shrink import PAD, WORDS
 from small_models import Batch, Side
 from torch import nn
@@ -35,6 +36,7 @@ LOOSE = 3e-4  # of the size: what float32 may be off where the untouched model h
 class Row:
     """What is known of one architecture.
 
+    pictures: "seen", or why a vision-language model got none.
     status: "right" (equal to an oracle), "wrong", "refused" (by a typed error), "crashed", "not built". kinds: how
     many layers are varlen, compact and dense. oracle: what it was compared with. reason: of a status that is not
     "right", or of layers that are not varlen.
@@ -50,6 +52,7 @@ class Row:
     traces: int = 0
     batches: int = 0
     worst: float = 0.0
+    pictures: str = ""
     seconds: float = 0.0
 
 
@@ -79,12 +82,14 @@ def _first_lines(error: Exception, count: int = 4) -> str:
 
 
 def _check(entry: Entry, row: Row, batches: int | None) -> None:
-    model = build(entry)
+    built = build(entry)
+    model = built.model
+    row.pictures = built.without_pictures if built.pictures is None else "seen"
     generator = torch.Generator().manual_seed(1)
     row.reason = "the untouched model cannot be run"
     gated = regate_fx.compile(model, backend="eager", validate=False)
     oracle: _Oracle | None = None
-    for name, batch in itertools.islice(_batches(model, generator), batches):
+    for name, batch in itertools.islice(_batches(built, generator), batches):
         seen = _observe(gated, batch)
         _note_report(gated, row)
         if oracle is None:
@@ -105,7 +110,13 @@ def _note_report(gated: Any, row: Row) -> None:
     row.traces, row.graphs = report.traces, gated._regate.engine.captures.graphs
 
 
-def _batches(model: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, Batch]]:
+def _batches(built: Built, generator: torch.Generator) -> Iterator[tuple[str, Batch]]:
+    model = built.model
+    if built.pictures is not None:
+        yield "pictures", picture_batch(model, built.pictures, generator, "right")
+        yield "pictures, left padding", picture_batch(model, built.pictures, generator, "left")
+    if not built.on_text:
+        return
     yield "right padding", text_batch(generator, 3, 11, "right")
     yield "left padding", text_batch(generator, 2, 13, "left")
     yield "no mask", text_batch(generator, 4, 9, None)
@@ -205,6 +216,8 @@ class _Oracle:
                 precise.set_experts_implementation("eager")
         if batch.inputs_embeds is not None:
             batch = replace(batch, inputs_embeds=batch.inputs_embeds.detach().double().requires_grad_())
+        if isinstance(batch, PictureBatch):
+            batch = batch.double()
         paths = {id(module): path for path, module in self.model.named_modules()}
         held = [precise.get_submodule(paths[id(module)]) for module in self.gated_modules]
         try:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pictures import NoPictures, Pictures, find_pictures
 from shrink import REPAIRS, WORDS, small_config
 from small_models import _spread_weights
 from torch import nn
@@ -22,6 +23,8 @@ from transformers.models.auto.modeling_auto import (
 
 Mapping = Literal["causal", "image"]
 _AUTO = {"causal": AutoModelForCausalLM, "image": AutoModelForImageTextToText}
+
+PICTURES = 3  # samples, each with one
 
 
 @dataclass(frozen=True, order=True)
@@ -42,24 +45,55 @@ ENTRIES = tuple(
 
 
 class NotBuilt(Exception):
-    """No small configuration of a type makes a model that runs on text alone; the message is the first reason."""
+    """No small configuration of a type makes a model that trains; the message is the first reason."""
 
 
-def build(entry: Entry, seed: int = 0) -> nn.Module:
+@dataclass(frozen=True)
+class Built:
+    """A small model, and what it trains on. without_pictures: why it was given none."""
+
+    model: nn.Module
+    on_text: bool
+    pictures: Pictures | None
+    without_pictures: str = ""
+
+
+def build(entry: Entry, seed: int = 0) -> Built:
     """A float32 model in training mode without dropout, its random weights far enough from zero.
 
-    Raises `NotBuilt`.
+    A configuration that makes a vision-language model see pictures goes before one that only reads. Raises `NotBuilt`.
     """
+    reading: Built | None = None
     first: Exception | None = None
     for config in _configs(entry.model_type):
         try:
-            model = _built(entry, config(), seed)
-            _try(model)
+            found = _tried(_built(entry, config(), seed), entry.mapping == "image")
         except Exception as error:
             first = first or error
-        else:
-            return model
-    raise NotBuilt(f"{type(first).__name__}: {first}".partition("\n")[0]) from first
+            continue
+        if found.pictures is not None or entry.mapping == "causal":
+            return found
+        reading = reading or found
+    if reading is None:
+        raise NotBuilt(f"{type(first).__name__}: {first}".partition("\n")[0]) from first
+    return reading
+
+
+def _tried(model: nn.Module, sees: bool) -> Built:
+    """Raises where the model trains neither on text alone nor with pictures."""
+    pictures, why = None, ""
+    if sees:
+        try:
+            pictures = find_pictures(model, PICTURES)
+        except NoPictures as error:
+            why = str(error)
+    try:
+        _try(model)
+    except Exception:
+        if pictures is None:
+            raise
+        return Built(model, False, pictures)
+    return Built(model, True, pictures, why)
 
 
 def _configs(model_type: str) -> Iterator:

@@ -18,7 +18,8 @@ from regate_fx.passes.rules_shape import feature_size, shape_without
     "aten.square", "aten.float_power", "aten.true_divide", "aten.multiply", "aten.subtract", "aten.divide",
     "aten.greater", "aten.greater_equal", "aten.less", "aten.less_equal", "aten.not_equal", "aten.clip",
     "aten.isfinite", "aten.absolute", "aten.negative", "aten.softplus", "aten.mish", "aten.hardtanh",
-    "aten.rsub", "aten.where", "aten.polar", "aten.complex",
+    "aten.rsub", "aten.where", "aten.polar", "aten.complex", "aten.exponential", "aten.uniform",
+    "aten.normal_functional", "aten.bernoulli", "aten.cauchy", "aten.geometric", "aten.log_normal",
 )  # fmt: skip
 def elementwise(op: Operands) -> Verdict:
     """Broadcast all tensor operands, every element by itself."""

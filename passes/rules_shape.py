@@ -138,10 +138,14 @@ def _getitem(op: Operands) -> Verdict:
 
 @rule("aten.cat", "aten.stack")
 def _join(op: Operands) -> Verdict:
-    parts = [op.axes(part) for part in op["tensors"]]
     rank = len(op.shape)
     dim = op["dim"] % rank
+    # Of any rank, `cat` takes [0] for nothing: so begin the caches of keys and values.
+    parts = [op.axes(part) for part in op["tensors"] if rank == 1 or tuple(fake(part).shape) != (0,)]
     stacking = rank > len(parts[0])
+    if len(parts) == 1 and not stacking:
+        whole = parts[0].with_dims(parts[0].dims)
+        return Verdict(whole, kind_of(whole))
     if stacking:
         parts = [Axes((*axes.dims[:dim], (), *axes.dims[dim:])) for axes in parts]
     if any(has_token(axes.dims[dim]) for axes in parts):

@@ -90,6 +90,8 @@ ROWS: dict[str, tuple[Entry, str]] = {
     "feature sort": (lambda w, x: x.sort(-1)[0], "B, S, 8"),
     "feature mean": (lambda w, x: x.mean(-1, keepdim=True), "B, S, 1"),
     "feature concatenation": (lambda w, x: torch.cat([x, x * 2], -1), "B, S, 16"),
+    "joined to nothing": (lambda w, x: torch.cat([x.new_empty(0), x], 1), "B, S, 8"),
+    "noise": (lambda w, x: x + torch.empty_like(x).exponential_().log(), "B, S, 8"),
     "one hot": (lambda w, x: F.one_hot(x.argmax(-1), D), "B, S, 8"),
     "features split": (lambda w, x: x.chunk(2, -1)[1], "B, S, 4"),
     "in-place, part by part": (written_in_parts, "B, S, 8"),

@@ -1,0 +1,89 @@
+"""What decoders are known to do differently, and how often a program is to do it each way.
+
+The first value of each choice is the simplest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Weights = dict[Any, float]
+
+# What mixes tokens outside attention: a layer that has it must run dense or be refused.
+MIXING: Weights = {
+    "none": 0, "convolution": 2, "shift_by_padding": 1, "shift_by_joining": 1, "shift_by_index": 1, "differences": 1,
+    "running_mean": 1, "linear_attention": 2, "less_mean": 1, "less_real_mean": 1, "roll": 1, "sort": 1, "topk": 1,
+    "batch_statistics": 1, "sequence_norm": 1, "sequence_softmax": 1, "layer_norm_over_sequence": 1, "times_length": 1,
+    "times_log_length": 1, "plus_last": 1, "plus_first": 1, "plus_largest": 1, "flip": 1, "learned_table": 1,
+    "pooling": 1, "fourier": 1, "maximum_pool": 1, "scan": 1, "write_first": 1, "gram": 1, "next_in_batch": 1,
+    "router_capacity": 1, "segment_sum": 1,
+}  # fmt: skip
+
+# Unusual, and every token by itself.
+ODD: Weights = {
+    "none": 40, "by_position": 1, "by_padding": 1, "by_id": 1, "by_sample": 1, "from_position": 1, "set_rows": 1,
+    "by_count": 1, "features_as_long": 1,
+}  # fmt: skip
+
+LAYER: dict[str, Weights] = {
+    "attend": {"sdpa_bool": 2, "sdpa": 2, "sdpa_causal": 2, "scores": 6, "mha": 1, "mha_weights": 0.6},
+    "scores": {"matmul": 3, "bmm": 1, "baddbmm": 1, "einsum": 1, "einsum_late": 1, "summed": 0.4},
+    "hide": {"add": 3, "masked_fill": 1, "masked_fill_": 0.7, "where": 1, "tril": 1.2},
+    "softmax": {"softmax": 5, "by_hand": 1, "logsumexp": 0.7, "none": 0.5, "sigmoid": 0.3},
+    "qkv": {"separate": 3, "chunk": 1, "split": 1, "view": 1, "view_by_head": 0.7},
+    "groups": {"all": 3, "interleave": 1, "expand": 1, "enable_gqa": 1},
+    "span": {"all": 4, "window": 1.2, "chunk": 0.8, "full": 0.4},
+    "cap": {False: 4, True: 1},
+    "sinks": {"none": 7, "joined": 1, "denominator": 0.4},
+    "minus": {False: 9, True: 1},
+    "out_gate": {"none": 6, "elements": 1, "heads": 1},
+    "qk_norm": {False: 4, True: 1},
+    "values": {"own": 8, "earlier": 1},
+    "relative": {False: 9, True: 1},
+    "writes": {False: 6, True: 1},
+    "norm": {"none": 0.5, "layer": 2, "rms": 2, "rms_module": 1, "l2": 0.4},
+    "place": {"pre": 4, "post": 1, "sandwich": 1, "parallel": 1},
+    "mlp": {
+        "none": 0.4, "gelu": 2, "swiglu": 2, "addmm": 1, "loop_experts": 0.2, "dense_experts": 0.7,
+        "bmm_experts": 0.7, "picked_experts": 0.7, "soft_experts": 0.4,
+    },
+    "residual": {"add": 4, "scaled": 1, "learned": 1, "in_place": 1, "mixed": 0.5},
+    "dropout": {False: 4, True: 1},
+    "odd": ODD,
+    "odd_at": {"mlp": 1, "attention": 1, "residual": 1},
+    "mix": MIXING | {"none": 220},
+    "mix_at": {"mlp": 1, "attention": 1, "input": 1, "values": 0.7, "beside": 1},
+}  # fmt: skip
+
+DECODER: dict[str, Weights] = {
+    "width": {8: 1, 16: 1},
+    "heads": {2: 1, 4: 1},
+    "positions": {
+        "none": 0.7, "learned": 1, "learned_offset": 0.7, "counted": 1, "rotary_half": 2, "rotary_pairs": 1,
+        "rotary_complex": 0.5, "rotary_counted": 0.7, "alibi": 1, "alibi_keys": 0.7, "alibi_counted": 0.5,
+        "sinusoidal": 0.5,
+    },
+    "rotary_made": {"outside": 2, "inside": 1},
+    "mask_by": {"compare": 2, "tril": 1, "triu": 1, "buffer": 1},
+    "additive_by": {"where": 1, "times": 1, "masked_fill": 1},
+    "padding": {"right": 3, "none": 1},
+    "layout": {"grid": 4, "flat": 1, "sequence_first": 1},
+    "streams": {"one": 7, "stacked": 0.8, "two": 0.7},
+    "loops": {1: 7, 2: 1},
+    "per_layer": {"none": 9, "added": 1, "gated": 0.5},
+    "embed_scale": {False: 3, True: 1},
+    "embed_norm": {False: 3, True: 1},
+    "final_norm": {False: 1, True: 2},
+    "tied": {False: 1, True: 1},
+    "logit_cap": {False: 4, True: 1},
+    "loss": {
+        "pad_labels": 4, "cut_logits": 2, "unshifted": 1.2, "join_labels": 0.6, "roll_labels": 0.3, "sum": 0.5,
+        "scaled": 0.4, "classes_second": 0.2, "by_hand": 0.2, "padding_ignored": 0.3, "two_losses": 0.2,
+        "log_softmax": 0.2, "with_penalty": 0.3,
+    },
+    "before": MIXING | {"none": 800},
+    "after": MIXING | {"none": 800},
+    "checkpoint": {False: 7, True: 1},
+    "float32": {False: 4, True: 1},
+    "keep_logits": {False: 4, True: 1},
+}  # fmt: skip

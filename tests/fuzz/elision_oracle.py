@@ -1,0 +1,95 @@
+"""What a gated step of a program must compute, found without the compiler: its own model, run in full, elided keys
+hidden from the attentions of gated layers and what went into those layers held, as a constant, at elided positions.
+
+Shapes: B samples, S positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from comparison import Outcome
+from decoder import IGNORED, VOCABULARY, Decoder, Elision
+from program import Program
+from small_models import Batch
+from torch import Tensor, nn
+
+PAD = 0
+
+
+def batches(program: Program) -> list[Batch]:
+    """Two batches of other sizes; the second is padded on the left."""
+    generator = torch.Generator().manual_seed(program.seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    B, S = number(2, 3), number(5, 9)
+    others = [size for size in range(4, 11) if size != S]
+    return [
+        _batch(generator, B, S, program.padding, program),
+        _batch(generator, 5 - B, others[number(0, len(others) - 1)], "left", program),
+    ]
+
+
+def _batch(generator: torch.Generator, B: int, S: int, padding: str, program: Program) -> Batch:
+    index = torch.arange(S).expand(B, S)
+    lengths = torch.randint(S // 2 + 1, S + 1, (B, 1), generator=generator)
+    lengths[0] = S
+    real = index < lengths if padding == "right" else index >= S - lengths
+    if padding == "none":
+        real = torch.ones(B, S, dtype=torch.bool)
+    ids = torch.randint(1, VOCABULARY, (B, S), generator=generator)
+    labels = torch.randint(1, VOCABULARY, (B, S), generator=generator)
+    labels = labels.masked_fill((torch.rand(B, S, generator=generator) < 0.2) | ~real, IGNORED)
+    mask = torch.rand(B, S, generator=generator) < 0.6
+    if torch.rand((), generator=generator) < 0.1:
+        mask[-1] = False  # a sample of which nothing is computed
+    mask[0, S - 2 :] = True
+    labels[0, S - 1] = 3
+    return Batch(
+        input_ids=ids.masked_fill(~real, PAD),
+        attention_mask=None if padding == "none" else real.long(),
+        labels=labels,
+        token_mask=mask,
+    )
+
+
+def run_oracle(model: Decoder, batch: Batch, gated: frozenset[int], hides: bool = True) -> Outcome:
+    """A step of a copy of `model`. gated: numbers of those layers; hides: False hides no keys, wrongly."""
+    model = copy.deepcopy(model)
+    seen = batch.active if hides else torch.ones_like(batch.active)
+    model.elision = Elision(seen, gated)
+    counted = counted_labels(model.program, batch)
+    labels = batch.labels.masked_fill(~counted, IGNORED)
+    out = model(**batch.model_inputs(), labels=labels)
+    out.loss.backward()
+    logits = out.logits.detach()
+    return Outcome(
+        out.loss.detach(), _token_losses(model.program, logits, labels), counted, gradients(model), logits
+    )
+
+
+def counted_labels(program: Program, batch: Batch) -> Tensor:
+    """bool [B, S]: the labels whose predictor is active."""
+    predictor = F.pad(batch.active[:, :-1], (1, 0)) if program.shifted else batch.active
+    return predictor & (batch.labels != IGNORED)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: p.grad.clone() if p.grad is not None else None for name, p in model.named_parameters()}
+
+
+def other_ids(batch: Batch) -> Batch:
+    """The same batch with other ids at elided positions that are no padding."""
+    changed = batch.input_ids % (VOCABULARY - 1) + 1
+    return replace(batch, input_ids=torch.where(batch.active | ~batch.real, batch.input_ids, changed))
+
+
+def _token_losses(program: Program, logits: Tensor, labels: Tensor) -> Tensor:
+    rows, targets = (logits[:, :-1], labels[:, 1:]) if program.shifted else (logits, labels)
+    losses = F.cross_entropy(rows.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
+    return F.pad(losses, (1, 0)) if program.shifted else losses

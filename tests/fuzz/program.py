@@ -1,0 +1,236 @@
+"""A decoder program: for every thing that decoders are known to do differently, which way it is done.
+
+`choices.py` lists the ways; shrinking goes to the simplest.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from choices import DECODER, LAYER, Weights
+
+KERNELS = ("sdpa_bool", "sdpa", "sdpa_causal", "mha", "mha_weights")
+WITH_BIAS = ("sdpa", "scores")
+UNSHIFTED = ("unshifted", "classes_second")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The choices of one layer; `choices.LAYER` lists their values."""
+
+    attend: str = "sdpa_bool"
+    scores: str = "matmul"
+    hide: str = "add"
+    softmax: str = "softmax"
+    qkv: str = "separate"
+    groups: str = "all"
+    span: str = "all"
+    cap: bool = False
+    sinks: str = "none"
+    minus: bool = False
+    out_gate: str = "none"
+    qk_norm: bool = False
+    values: str = "own"
+    relative: bool = False
+    writes: bool = False
+    norm: str = "none"
+    place: str = "pre"
+    mlp: str = "none"
+    residual: str = "add"
+    dropout: bool = False
+    odd: str = "none"
+    odd_at: str = "mlp"
+    mix: str = "none"
+    mix_at: str = "mlp"
+
+    @property
+    def adds_mask(self) -> bool:
+        """Whether its attention takes a mask to be added to the scores."""
+        by_scores = self.attend == "scores" and self.hide == "add" and self.softmax not in ("none", "sigmoid")
+        return self.attend in ("sdpa", "mha") or by_scores
+
+
+@dataclass(frozen=True)
+class Program:
+    """A decoder: its layers, and the choices that it makes once; `choices.DECODER` lists their values.
+
+    seed: of weights and batches.
+    """
+
+    layers: tuple[Layer, ...] = (Layer(), Layer())
+    seed: int = 0
+    width: int = 8
+    heads: int = 2
+    positions: str = "none"
+    rotary_made: str = "outside"
+    mask_by: str = "compare"
+    additive_by: str = "where"
+    padding: str = "right"
+    layout: str = "grid"
+    streams: str = "one"
+    loops: int = 1
+    per_layer: str = "none"
+    embed_scale: bool = False
+    embed_norm: bool = False
+    final_norm: bool = False
+    tied: bool = False
+    logit_cap: bool = False
+    loss: str = "pad_labels"
+    before: str = "none"
+    after: str = "none"
+    checkpoint: bool = False
+    float32: bool = False
+    keep_logits: bool = False
+
+    @property
+    def shifted(self) -> bool:
+        """Whether row t - 1 of the logits is paired with label t."""
+        return self.loss not in UNSHIFTED
+
+    @property
+    def is_mixing(self) -> bool:
+        """Whether tokens reach others in another way than by attention."""
+        return any(mix != "none" for mix in (self.before, self.after, *(layer.mix for layer in self.layers)))
+
+    @property
+    def lowest(self) -> float:
+        """What masks add to hidden scores; what float64 has for it is infinite to a softmax in float32."""
+        return torch.finfo(torch.float32 if self.float32 else torch.float64).min
+
+    def to_json(self) -> dict[str, Any]:
+        """Every choice that is not the simplest."""
+        known = asdict(self) | {"layers": [_differing(layer) for layer in self.layers]}
+        return {"layers": known["layers"]} | _differing(self, known)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Program:
+        return Program(**values | {"layers": tuple(Layer(**layer) for layer in values["layers"])})
+
+
+def _differing(chosen: Layer | Program, values: dict[str, Any] | None = None) -> dict[str, Any]:
+    values = values or asdict(chosen)
+    return {
+        field.name: values[field.name]
+        for field in fields(chosen)
+        if field.name != "layers" and values[field.name] != field.default
+    }
+
+
+def draw(seed: int) -> Program:
+    """The program of a seed."""
+    source = random.Random(seed)
+
+    def pick(weights: Weights) -> Any:
+        return source.choices(list(weights), list(weights.values()))[0]
+
+    def layer() -> Layer:
+        return Layer(**{name: pick(weights) for name, weights in LAYER.items()})
+
+    count = source.choices([2, 1, 3], [8, 1, 1])[0]
+    layers = [layer() for _ in range(count)]
+    if source.random() < 0.5:
+        layers = [layers[0]] * count
+    chosen = {name: pick(weights) for name, weights in DECODER.items()}
+    return settle(Program(tuple(layers), seed, **chosen))
+
+
+def settle(program: Program) -> Program:
+    """The program with every choice that has no meaning beside the others made the simplest one."""
+    if not program.positions.startswith("rotary"):
+        program = replace(program, rotary_made="outside")
+    # A pair of half heads for two softmaxes subtracted, and rotary pairs inside: at least four numbers a head.
+    if program.width // program.heads < 4:
+        program = replace(program, heads=2)
+    layers: list[Layer] = []
+    for layer in program.layers:
+        layers.append(_settled(layer, layers[0] if layers else None, program))
+    return replace(program, layers=tuple(layers))
+
+
+def _settled(layer: Layer, first: Layer | None, program: Program) -> Layer:
+    biased = layer.relative or program.positions.startswith("alibi")
+    if biased and layer.attend not in WITH_BIAS:
+        layer = replace(layer, attend="sdpa")
+    if layer.attend in KERNELS:
+        layer = replace(layer, scores="matmul", hide="add", softmax="softmax", cap=False, sinks="none")
+    elif layer.groups == "enable_gqa":
+        layer = replace(layer, groups="expand")
+    if layer.attend == "sdpa_causal":
+        layer = replace(layer, span="all")
+    if layer.attend.startswith("mha"):
+        layer = replace(layer, qkv="separate", groups="all", minus=False, qk_norm=False, writes=False)
+        layer = replace(
+            layer, values="own", out_gate="elements" if layer.out_gate == "heads" else layer.out_gate
+        )
+    if layer.groups != "all" and layer.qkv in ("chunk", "view", "view_by_head"):
+        layer = replace(layer, qkv="split")
+    if layer.scores == "bmm" and layer.sinks != "none":
+        layer = replace(layer, scores="matmul")
+    if layer.softmax in ("none", "sigmoid"):
+        layer = replace(layer, hide="where", sinks="none")
+    return _settled_places(layer, first)
+
+
+def _settled_places(layer: Layer, first: Layer | None) -> Layer:
+    attends = layer.mix == "none" or layer.mix_at != "attention"
+    if layer.mlp == "none":
+        where = {"mlp": "input"}
+        layer = replace(layer, mix_at=where.get(layer.mix_at, layer.mix_at))
+        layer = replace(layer, odd_at="attention" if layer.odd_at == "mlp" else layer.odd_at)
+    if layer.mix_at == "values" and layer.attend.startswith("mha"):
+        layer = replace(layer, mix_at="input")
+    if layer.mix == "none":
+        layer = replace(layer, mix_at="mlp")
+    if layer.odd == "none":
+        layer = replace(layer, odd_at="mlp")
+    lends = first is not None and _lends(first) and (first.groups == "all") == (layer.groups == "all")
+    if not lends or not attends:
+        layer = replace(layer, values="own")
+    return layer
+
+
+def _lends(layer: Layer) -> bool:
+    """Whether a layer has keys and values that a later one may take."""
+    return not layer.attend.startswith("mha") and (layer.mix == "none" or layer.mix_at != "attention")
+
+
+def shrink(program: Program) -> Iterator[Program]:
+    """Programs with fewer layers, or with choices replaced by the simplest ones; many at a time first."""
+    seen: set[Program] = set()
+    for simpler in _simpler(program):
+        settled = settle(simpler)
+        if settled not in seen and _cost(settled) < _cost(program):
+            seen.add(settled)
+            yield settled
+
+
+def _cost(program: Program) -> int:
+    """How far from simple; every step of shrinking lowers it, so that shrinking ends."""
+    return len(_differing(program)) + sum(100 + len(_differing(layer)) for layer in program.layers)
+
+
+def _simpler(program: Program) -> Iterator[Program]:
+    count = len(program.layers)
+    yield replace(Program(program.layers, program.seed), loss=program.loss)
+    for index in range(count):
+        if count > 1:
+            yield replace(program, layers=program.layers[:index] + program.layers[index + 1 :])
+    for index in range(count):
+        yield _with_layer(program, index, Layer())
+        yield _with_layer(program, index, program.layers[0])
+    for name in DECODER:
+        yield replace(program, **{name: getattr(Program(), name)})
+    for index in range(count):
+        for name in LAYER:
+            simplest = getattr(Layer(), name)
+            yield _with_layer(program, index, replace(program.layers[index], **{name: simplest}))
+
+
+def _with_layer(program: Program, index: int, layer: Layer) -> Program:
+    layers = list(program.layers)
+    layers[index] = layer
+    return replace(program, layers=tuple(layers))

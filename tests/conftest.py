@@ -17,7 +17,7 @@ settings.register_profile(
     "suite",
     deadline=None,
     derandomize=True,
-    max_examples=6,
+    max_examples=4,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=_SLOW,
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from key_masked_engine import batch, gradients, without_mask
 from small_models import build
+from tiers import tiers
 
 import regate_fx
 
@@ -20,7 +21,7 @@ def called_inside(gated: Any) -> Any:
     return torch.compile(lambda **inputs: gated(**inputs), backend="eager")
 
 
-@pytest.mark.parametrize("compiled", [whole, called_inside])
+@pytest.mark.parametrize("compiled", tiers([whole, called_inside], called_inside))
 def test_a_compiled_caller_gets_the_gated_step(compiled: Any) -> None:
     model = build("llama")
     gated = regate_fx.compile(model, backend="eager", validate=False)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import tiers
 
 ROOT = Path(__file__).parent.parent
 CHUNKS, LENGTH, PASSES = 8, 256, 3
@@ -29,7 +30,7 @@ def _row(output: str, what: str) -> tuple[float, float]:
     return dense, gated
 
 
-@pytest.mark.parametrize("rule", ["hardest", "random"])
+@pytest.mark.parametrize("rule", tiers(["hardest", "random"], "random"))
 def test_both_runs_start_alike_learn_and_differ_in_what_they_compute(rule: str) -> None:
     output = _run(rule)
     before, after = _row(output, "held-out loss before"), _row(output, "held-out loss after")

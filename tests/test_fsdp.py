@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from small_models import Batch, build, random_batch
+from tiers import exhaustive
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -84,9 +85,9 @@ def _rank(rank: int, work: Callable[[int], Any], folder: Path) -> None:
     ("name", "backend", "checkpointed", "ends", "tied"),
     [
         ("llama", "aot_eager", True, False, False),
-        ("llama", "inductor", False, True, False),
+        pytest.param("llama", "inductor", False, True, False, marks=exhaustive),
         ("qwen2", "eager", False, True, True),
-        ("mixtral", "eager", False, False, False),
+        pytest.param("mixtral", "eager", False, False, False, marks=exhaustive),
     ],
 )
 def test_sharded_steps_are_those_of_one_process(
@@ -117,6 +118,7 @@ def test_sharded_steps_are_those_of_one_process(
                 torch.testing.assert_close(seen[parameter], grad, rtol=2e-4, atol=2e-6)
 
 
+@exhaustive
 def test_in_mixed_precision_it_is_what_sharding_the_untouched_model_gives(tmp_path: Path) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 

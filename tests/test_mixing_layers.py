@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from comparison import Outcome, compare
 from oracles import golden, observe, run_key_masked
 from small_models import MODELS, Batch, build, random_batch
+from tiers import tiers
 from torch import Tensor, nn
 
 import regate_fx
@@ -97,7 +98,7 @@ def run_with_dense_layers(model: Any, dense: set[int], batch: Batch, dtype: torc
     return replace(outcome, gradients=renamed)
 
 
-@pytest.mark.parametrize("mixing", [0, 1, 2])
+@pytest.mark.parametrize("mixing", tiers([0, 1, 2], 1))
 def test_one_layer_that_mixes_runs_dense_among_gated_ones(mixing: int, generator: torch.Generator) -> None:
     model = llama_with_mixing(mixing)
     gated = regate_fx.compile(model, backend="aot_eager")
@@ -113,7 +114,7 @@ def test_one_layer_that_mixes_runs_dense_among_gated_ones(mixing: int, generator
     assert gated.report.gated == 2
 
 
-@pytest.mark.parametrize("mixing", [(0, 2), (1, 2, 3)])
+@pytest.mark.parametrize("mixing", tiers([(0, 2), (1, 2, 3)], (1, 2, 3)))
 def test_layers_without_attention_run_dense_among_gated_ones(
     mixing: tuple[int, ...], generator: torch.Generator
 ) -> None:

@@ -13,6 +13,7 @@ import torch
 from comparison import check_no_bit_differs, compare
 from oracles import check_step, embedding_stream_logits, golden, observe, run_key_masked, run_untouched
 from small_models import FIRST_WORD, MODELS, REQUIRED, VOCABULARY, Batch, build, random_batch
+from tiers import tiers
 
 import regate_fx
 from regate_fx import dynamo_settings
@@ -37,7 +38,7 @@ def with_other_elided_ids(batch: Batch, generator: torch.Generator) -> Batch:
 THROUGH_AUTOGRAD = ("bloom", "mixtral", "mistral", "deepseek_v3")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiers(MODELS, *REQUIRED))
 def test_training_step(name: str, generator: torch.Generator) -> None:
     model, small = build(name), MODELS[name]
     gated = regate_fx.compile(model, backend="aot_eager" if name in THROUGH_AUTOGRAD else "eager")
@@ -60,7 +61,7 @@ def check_elided_ids_change_no_bit(gated: Any, batch: Batch, generator: torch.Ge
     check_no_bit_differs(observe(gated, batch), observe(gated, changed))
 
 
-@pytest.mark.parametrize("name", REQUIRED)
+@pytest.mark.parametrize("name", tiers(REQUIRED, "llama", "gpt2", "gemma2", "bart", "deepseek_v3"))
 def test_logits(name: str, generator: torch.Generator) -> None:
     model, small = build(name), MODELS[name]
     gated = regate_fx.compile(model, backend="eager")
@@ -81,7 +82,7 @@ def test_logits(name: str, generator: torch.Generator) -> None:
         assert torch.equal(again.logits[batch.active], out.logits[batch.active])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bart", "deepseek_v3"])
+@pytest.mark.parametrize("name", tiers(["llama", "gpt2", "gemma2", "bart", "deepseek_v3"], "llama", "bart"))
 def test_all_active_is_the_untouched_model(name: str, generator: torch.Generator) -> None:
     model, small = build(name), MODELS[name]
     gated = regate_fx.compile(model, backend="aot_eager", keep_logits=True, validate=False)
@@ -94,7 +95,15 @@ def test_all_active_is_the_untouched_model(name: str, generator: torch.Generator
         compare(seen, untouched, reference, batch.active, with_logits=True).check(name)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2", "opt", "bloom", "bart", "mixtral"])
+@pytest.mark.parametrize(
+    "name",
+    tiers(
+        ["llama", "mistral", "gemma3", "gpt2", "opt", "bloom", "bart", "mixtral"],
+        "gemma3",
+        "bloom",
+        "mixtral",
+    ),
+)
 def test_no_attention_mask(name: str, generator: torch.Generator) -> None:
     model, small = build(name), MODELS[name]
     gated = regate_fx.compile(model, backend="eager", validate=False)
@@ -103,7 +112,7 @@ def test_no_attention_mask(name: str, generator: torch.Generator) -> None:
     check_every_layer_is_gated(gated)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "bart"])
+@pytest.mark.parametrize("name", tiers(["llama", "gemma2", "bart"], "llama", "bart"))
 def test_keep_logits(name: str, generator: torch.Generator) -> None:
     model, small = build(name), MODELS[name]
     gated = regate_fx.compile(model, backend="aot_eager", keep_logits=True, validate=False)
@@ -115,7 +124,7 @@ def test_keep_logits(name: str, generator: torch.Generator) -> None:
         torch.testing.assert_close(seen.logits[elided], passed_through[elided], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", tiers(["llama", "gemma2", "gpt2"], "llama"))
 def test_inductor(name: str, generator: torch.Generator) -> None:
     model, small = build(name), MODELS[name]
     gated = regate_fx.compile(model, backend="inductor")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from small_models import VOCABULARY, build
+from tiers import exhaustive, tiers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MambaConfig, MambaForCausalLM
@@ -143,7 +144,11 @@ def printed(report: Report, width: int) -> str:
 
 @pytest.mark.parametrize(
     ("name", "row", "compact"),
-    [("llama", LLAMA_ROW, False), ("mixtral", MIXTRAL_ROW, False), ("gemma2", LLAMA_ROW, True)],
+    [
+        ("llama", LLAMA_ROW, False),
+        ("mixtral", MIXTRAL_ROW, False),
+        pytest.param("gemma2", LLAMA_ROW, True, marks=exhaustive),
+    ],
 )
 def test_flops_counted_by_hand(name: str, row: int, compact: bool) -> None:
     gated = gate(build(name))
@@ -176,7 +181,7 @@ def test_flops_counted_by_hand(name: str, row: int, compact: bool) -> None:
     assert [layer.cost for layer in again.layers] == [Cost(square, square)] * 2
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize("name", tiers(["llama", "gemma2", "mixtral"], "mixtral"))
 def test_other_batches_cost_what_a_call_with_them_reports(name: str) -> None:
     gated = gate(build(name))
     reports = []
@@ -189,6 +194,7 @@ def test_other_batches_cost_what_a_call_with_them_reports(name: str) -> None:
     assert Report().cost_of is None
 
 
+@exhaustive
 def test_one_sample_has_its_share_of_the_flops() -> None:
     """Dynamo makes the number of samples a constant where it is one."""
     tokens = ids(VOCABULARY, batch=1)
@@ -245,7 +251,7 @@ def test_a_slower_layout_is_named_with_its_cause() -> None:
         assert "softmax" in layer.source
 
 
-@pytest.mark.parametrize("name", ["mistral", "gpt_neox", "bloom"])
+@pytest.mark.parametrize("name", tiers(["mistral", "gpt_neox", "bloom"], "bloom"))
 def test_explain_and_training_tell_the_same(name: str) -> None:
     model = build(name)
     gated = gate(model)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from oracles import check_step, observe
 from small_models import MODELS, VOCABULARY, Batch, build, random_batch
+from tiers import exhaustive, tiers
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -50,7 +51,7 @@ def varied_batches(generator: torch.Generator, steps: int) -> list[Batch]:
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "deepseek_v3"])
+@pytest.mark.parametrize("name", tiers(["llama", "gemma2", "gpt2", "deepseek_v3"], "llama", "deepseek_v3"))
 def test_no_retrace_over_varied_steps(name: str, generator: torch.Generator) -> None:
     gated = regate_fx.compile(build(name), backend="eager")
     first, *rest = varied_batches(generator, STEPS + 1)
@@ -102,7 +103,7 @@ def unit_sized_batches(generator: torch.Generator, B: int, S: int) -> dict[str, 
     }
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", tiers(["llama", "gemma2"], "llama"))
 def test_each_size_of_one_costs_at_most_one_trace(name: str, generator: torch.Generator) -> None:
     gated = regate_fx.compile(build(name), backend="eager")
     observe(gated, varied_batches(generator, 1)[0])
@@ -145,6 +146,7 @@ def test_the_first_call_leaves_nothing_behind(generator: torch.Generator) -> Non
     assert loss() is None
 
 
+@exhaustive
 def test_embeddings_may_be_resized_after_the_first_call(generator: torch.Generator) -> None:
     small = build("llama")
     gated = regate_fx.compile(small, backend="eager", validate=False)

@@ -9,6 +9,7 @@ import torch
 from key_masked_engine import batch, gradients
 from small_models import build
 from small_vlms import ImageBatch, build_vlm, image_batch
+from tiers import exhaustive, tiers
 from torch._dynamo.utils import counters
 
 import regate_fx
@@ -74,7 +75,7 @@ def test_a_batch_without_labels_to_compare_is_named(caplog: pytest.LogCaptureFix
     assert "not validated" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", tiers(["llama", "gpt2"], "llama"))
 def test_the_model_is_left_as_it_was(name: str) -> None:
     model = build(name, dropout=0.1 if name == "gpt2" else 0.0)
     buffers = {key: value.clone() for key, value in model.named_buffers()}
@@ -90,7 +91,15 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
     assert torch.equal(first.loss, second.loss)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "bloom", "opt", "bart", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name",
+    tiers(
+        ["llama", "mistral", "gemma2", "bloom", "opt", "bart", "deepseek_v3"],
+        "llama",
+        "gemma2",
+        "deepseek_v3",
+    ),
+)
 def test_the_dense_reference_gives_the_gated_step(name: str) -> None:
     model = build(name)
     steps = []
@@ -160,7 +169,7 @@ def single_position(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value[:, :1] for name, value in inputs.items()} | {"token_mask": torch.ones(2, 1).bool()}
 
 
-@pytest.mark.parametrize("first", [unlabelled, single_position])
+@pytest.mark.parametrize("first", tiers([unlabelled, single_position], unlabelled))
 def test_validation_waits_for_a_batch_with_labels(
     first: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -198,7 +207,7 @@ def another_mode(gated: Any) -> dict[str, Any]:
     return batch()
 
 
-@pytest.mark.parametrize("change", [one_sample, another_argument, another_mode])
+@pytest.mark.parametrize("change", tiers([one_sample, another_argument, another_mode], one_sample))
 def test_a_later_trace_is_validated_before_its_result_is_handed_out(
     change: Any, monkeypatch: pytest.MonkeyPatch, validations: list[str]
 ) -> None:
@@ -230,6 +239,7 @@ def one_active_position_each(B: int) -> dict[str, Any]:
     return {"input_ids": ids, "labels": ids, "token_mask": mask}
 
 
+@exhaustive
 def test_a_trace_made_for_a_size_of_one_is_validated_on_the_batch_itself(validations: list[str]) -> None:
     gated = regate_fx.compile(build("llama"), backend="eager")
     gated(**one_active_position_each(3))
@@ -238,6 +248,7 @@ def test_a_trace_made_for_a_size_of_one_is_validated_on_the_batch_itself(validat
     assert gated.report.validation == VALIDATED
 
 
+@exhaustive
 def test_a_trace_that_the_small_batch_does_not_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regate_fx.validation._SAMPLES", 1)
     gated = regate_fx.compile(build("llama"), backend="eager")
@@ -249,7 +260,7 @@ def test_a_trace_that_the_small_batch_does_not_run_is_told(monkeypatch: pytest.M
     assert gated.report.validation.endswith("does not run")
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", tiers([0.0, 0.1], 0.0))
 def test_validation_after_the_call_leaves_its_step_as_it_was(dropout: float, validations: list[str]) -> None:
     model = build("gpt2", dropout=dropout)
     gated = regate_fx.compile(model, backend="eager")
@@ -298,6 +309,7 @@ def test_a_float64_model_may_compute_its_norms_in_float32() -> None:
     assert gated.report.validation == VALIDATED
 
 
+@exhaustive
 def test_a_step_whose_buffers_are_saved_survives_a_later_validation() -> None:
     gated = regate_fx.compile(build("gemma2"), backend="eager")
     gated(**batch())

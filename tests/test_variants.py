@@ -12,6 +12,7 @@ import torch
 from oracles import NO_LABEL, check_step, golden, observe, run_key_masked
 from peft import LoraConfig, get_peft_model
 from small_models import FIRST_WORD, MODELS, VOCABULARY, Batch, build, random_batch
+from tiers import exhaustive, tiers
 
 import regate_fx
 
@@ -24,11 +25,11 @@ def two_batches(generator: torch.Generator) -> list[Batch]:
     ("name", "backend"),
     [
         ("llama", "aot_eager"),
-        ("gpt2", "aot_eager"),
+        pytest.param("gpt2", "aot_eager", marks=exhaustive),
         ("bloom", "aot_eager"),
         ("mixtral", "aot_eager"),
-        ("gemma2", "eager"),
-        ("deepseek_v3", "eager"),
+        pytest.param("gemma2", "eager", marks=exhaustive),
+        pytest.param("deepseek_v3", "eager", marks=exhaustive),
     ],
 )
 def test_gradient_checkpointing(name: str, backend: str, generator: torch.Generator) -> None:
@@ -40,7 +41,9 @@ def test_gradient_checkpointing(name: str, backend: str, generator: torch.Genera
     assert gated.report.gated == len(gated.report.layers) == 2
 
 
-@pytest.mark.parametrize(("name", "backend"), [("gemma2", "aot_eager"), ("mixtral", "eager")])
+@pytest.mark.parametrize(
+    ("name", "backend"), [pytest.param("gemma2", "aot_eager", marks=exhaustive), ("mixtral", "eager")]
+)
 def test_layers_compiled_one_by_one(name: str, backend: str, generator: torch.Generator) -> None:
     model = build(name)
     gated = regate_fx.compile(model, backend=backend, scope="layers", validate=False)
@@ -49,7 +52,9 @@ def test_layers_compiled_one_by_one(name: str, backend: str, generator: torch.Ge
     assert gated.report.gated == len(gated.report.layers) == 2
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gpt2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize(
+    "name", tiers(["llama", "qwen3", "mistral", "gpt2", "gpt_neox", "gemma2"], "llama", "gpt2", "gemma2")
+)
 def test_bfloat16_autocast(name: str, generator: torch.Generator) -> None:
     model = build(name)
     gated = regate_fx.compile(model, backend="aot_eager", validate=False)
@@ -70,7 +75,7 @@ def test_autocast_switched_on_in_mid_run(generator: torch.Generator) -> None:
     [
         ("llama", ["q_proj", "v_proj", "down_proj"]),
         ("gpt2", ["c_attn", "c_fc"]),
-        ("mixtral", ["q_proj", "v_proj"]),
+        pytest.param("mixtral", ["q_proj", "v_proj"], marks=exhaustive),
     ],
 )
 def test_lora(name: str, targets: list[str], generator: torch.Generator) -> None:
@@ -84,7 +89,7 @@ def test_lora(name: str, targets: list[str], generator: torch.Generator) -> None
         assert trained == {parameter for parameter in seen.gradients if "lora_" in parameter}
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", tiers(["llama", "gpt2"], "llama"))
 def test_num_items_in_batch(name: str, generator: torch.Generator) -> None:
     model = build(name)
     gated = regate_fx.compile(model, backend="eager", validate=False)
@@ -94,7 +99,7 @@ def test_num_items_in_batch(name: str, generator: torch.Generator) -> None:
         check_step(gated, model, MODELS[name], batch, name, num_items_in_batch=as_tensor)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "bart"])
+@pytest.mark.parametrize("name", tiers(["llama", "gemma3", "bart"], "llama", "bart"))
 def test_labels_are_the_input_ids(name: str, generator: torch.Generator) -> None:
     model = build(name)
     gated = regate_fx.compile(model, backend="eager", validate=False)
@@ -102,7 +107,7 @@ def test_labels_are_the_input_ids(name: str, generator: torch.Generator) -> None
         check_step(gated, model, MODELS[name], replace(batch, labels=batch.input_ids), name)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "opt"])
+@pytest.mark.parametrize("name", tiers(["llama", "gpt2", "gemma2", "opt"], "llama", "opt"))
 def test_inputs_embeds(name: str, generator: torch.Generator) -> None:
     model = build(name)
     gated = regate_fx.compile(model, backend="eager", validate=False)
@@ -115,7 +120,7 @@ def test_inputs_embeds(name: str, generator: torch.Generator) -> None:
         assert not of_embeds[~batch.active].any()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "phi"])
+@pytest.mark.parametrize("name", tiers(["llama", "gpt2", "opt", "phi"], "llama", "opt"))
 def test_position_ids(name: str, generator: torch.Generator) -> None:
     model = build(name)
     gated = regate_fx.compile(model, backend="eager", validate=False)
@@ -125,7 +130,7 @@ def test_position_ids(name: str, generator: torch.Generator) -> None:
         check_step(gated, model, MODELS[name], replace(batch, position_ids=steps.cumsum(1)), name)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("name", tiers(["llama", "qwen3", "gpt2"], "llama"))
 def test_documents_packed_in_a_row_do_not_see_each_other(name: str, generator: torch.Generator) -> None:
     model, small = build(name), MODELS[name]
     gated = regate_fx.compile(model, backend="eager", validate=False)
@@ -155,7 +160,7 @@ def test_documents_packed_in_a_row_do_not_see_each_other(name: str, generator: t
             assert (found - grad).norm() <= 1e-5 * grad.norm() + 1e-6, parameter
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "bart"])
+@pytest.mark.parametrize("name", tiers(["llama", "gemma2", "bart"], "llama", "bart"))
 def test_no_counted_label(name: str, generator: torch.Generator) -> None:
     model = build(name)
     gated = regate_fx.compile(model, backend="aot_eager", validate=False)
@@ -172,7 +177,7 @@ def test_no_counted_label(name: str, generator: torch.Generator) -> None:
     assert observe(gated, apart).loss == 0
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "bart", "mixtral"])
+@pytest.mark.parametrize("name", tiers(["llama", "gemma2", "bart", "mixtral"], "llama", "bart"))
 def test_a_sample_without_active_tokens(name: str, generator: torch.Generator) -> None:
     model = build(name)
     gated = regate_fx.compile(model, backend="eager", validate=False)
@@ -183,7 +188,7 @@ def test_a_sample_without_active_tokens(name: str, generator: torch.Generator) -
         check_step(gated, model, MODELS[name], replace(batch, token_mask=token_mask), f"sample {sample}")
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", tiers(["llama", "gemma2"], "llama"))
 def test_sizes_of_one(name: str, generator: torch.Generator) -> None:
     model = build(name)
     gated = regate_fx.compile(model, backend="eager", validate=False)

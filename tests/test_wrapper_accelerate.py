@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from key_masked_engine import batch, engine_of, gate, is_gated, without_mask
 from small_models import build
 from torch import nn
 
 from regate_fx.outputs import GatedOutput
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator() -> Iterator[None]:
+    """Accelerate keeps the settings of the first `Accelerator` of a process."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    yield
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
 
 
 def test_accelerate_autocast_wraps_the_gated_model_only() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from data_parallel import run
+from tiers import exhaustive
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -96,6 +97,7 @@ def test_logs_are_those_of_all_processes(results: Any) -> None:
     assert alone["by_loop"]["steps"] == ranks[0]["by_loop"]["steps"] == 4
 
 
+@exhaustive
 def test_two_launchers_as_on_two_machines(tmp_path: Path) -> None:
     program = str(ROOT / "examples" / "accelerate_loop.py")
     options = ["--samples", "32", "--epochs", "1", "--folder", str(tmp_path)]

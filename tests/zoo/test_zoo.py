@@ -30,7 +30,7 @@ GATED = (
     "image:deepseek_vl",
     "image:cosmos3_omni",  # three-dimensional positions
 )
-HYBRID = ("causal:qwen3_next", "causal:lfm3", "causal:bamba")
+HYBRID = ("causal:qwen3_next", "causal:lfm3")
 REFUSED = {
     "causal:deepseek_v32": "aten.topk picks the largest along token positions",
     "causal:falcon_mamba": "aten.conv1d",

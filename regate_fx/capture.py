@@ -279,8 +279,10 @@ def _as_refusal(error: Exception) -> Exception:
     if isinstance(error, NotGateable):
         return error
     first = str(error).partition("\n")[0]
-    reason = f"the model makes a constant of the batch size or the sequence length ({first})"
-    return NotGateable([LayerRefusal(None, "static-size", reason)])
+    if isinstance(error, _STATIC_SIZES):
+        reason = f"the model makes a constant of the batch size or the sequence length ({first})"
+        return NotGateable([LayerRefusal(None, "static-size", reason)])
+    return NotGateable([LayerRefusal(None, "graph-break", f"the model cannot be captured whole ({first})")])
 
 
 def _own_code(function: types.FunctionType) -> types.FunctionType:

@@ -119,3 +119,17 @@ def test_sharded_layers_compute_a_part_of_their_tokens(tmp_path: Path) -> None:
         sparse = [computed < tokens for computed, tokens in calls]
         # Four dense steps, then cycles of eight, the first two of them dense.
         assert sparse == [False] * 4 + ([False] * 2 + [True] * 6) + [False] * 2 + [True] * 2
+
+
+def test_the_plugin_of_accelerate_shards_a_gated_model() -> None:
+    program = str(HERE / "sharded_by_plugin.py")
+    output = launch(
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+        program,
+    )
+    assert output.count("equal: tied False") == output.count("equal: tied True") == 2

@@ -90,8 +90,8 @@ class FindLayers:
         stack = DecoderStack(content, [])
         if attentions:
             mixers = _mixers(attentions, content, analysis)
-            last = max((mixer[0] for mixer in mixers), key=order.__getitem__)
-            stream = _residual_stream(last, content, order, analysis)
+            anchors = sorted((mixer[0] for mixer in mixers), key=order.__getitem__)
+            stream = _residual_stream(anchors, content, order, analysis)
             behind = _Behind(stream, content, order)
             stack.layers = _layers(mixers, stream, behind, order)
             _end_last_layer(stack, stream)
@@ -174,15 +174,21 @@ def _mixers(attentions: list[Attention], content: set[fx.Node], analysis: TokenA
 
 
 def _residual_stream(
-    last: fx.Node, content: set[fx.Node], order: dict[fx.Node, int], analysis: TokenAxes
+    anchors: list[fx.Node], content: set[fx.Node], order: dict[fx.Node, int], analysis: TokenAxes
 ) -> list[fx.Node]:
-    """Dominators, within the content, of the last node that depends on the last mixer."""
-    sink = _sink(last, content, order, analysis)
+    """Dominators, within the content, of the last node that depends on the last of the mixers, given in order.
+
+    Embeddings that the first mixer does not depend on, as those added to every layer, are no other way past the stream.
+    """
+    sink = _sink(anchors[-1], content, order, analysis)
     reaching = _ancestors(sink) & content | {sink}
+    related = _from_sources_of(anchors[0], content)
+    if not all(anchor in related for anchor in anchors):
+        related = reaching
     dominator: dict[fx.Node, fx.Node | None] = {}
     depth: dict[fx.Node | None, int] = {None: 0}
-    for node in sorted(reaching, key=order.__getitem__):
-        sources = [source for source in node.all_input_nodes if source in reaching]
+    for node in sorted(reaching & related, key=order.__getitem__):
+        sources = [source for source in node.all_input_nodes if source in reaching and source in related]
         parent: fx.Node | None = sources[0] if sources else None
         for source in sources[1:]:
             parent = _common(parent, source, dominator, depth)
@@ -194,6 +200,13 @@ def _residual_stream(
         chain.append(vertex)
         vertex = dominator[vertex]
     return [node for node in reversed(chain) if _carries_states(node, analysis)]
+
+
+def _from_sources_of(node: fx.Node, content: set[fx.Node]) -> set[fx.Node]:
+    """What depends on the embeddings that a node depends on."""
+    before = _ancestors(node) & content | {node}
+    sources = [found for found in before if not any(n in content for n in found.all_input_nodes)]
+    return _closure(sources, lambda n: n.users)
 
 
 def _common(
@@ -305,7 +318,7 @@ def _is_part(node: fx.Node, layer: Layer) -> bool:
 def _end_last_layer(stack: DecoderStack, stream: list[fx.Node]) -> None:
     """Where the last layer ends and the final norm begins.
 
-    The module around its attention tells, where the capture recorded one; else as many stream values as the layer
+    The module around its last attention tells, where the capture recorded one; else as many stream values as the layer
     before has; else the last residual addition.
     """
     last = stack.layers[-1]
@@ -313,7 +326,8 @@ def _end_last_layer(stack: DecoderStack, stream: list[fx.Node]) -> None:
         return
     first = stream.index(last.start)
     behind = stream[first + 1 :]
-    for module in reversed(_numbered_modules(last.anchor)):
+    mixer = last.attentions[-1].nodes[0] if last.attentions else last.anchor
+    for module in reversed(_numbered_modules(mixer)):
         if members := [vertex for vertex in behind if module in _numbered_modules(vertex)]:
             last.end = members[-1]
             return

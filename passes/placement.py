@@ -90,6 +90,17 @@ def _is_sum(axes: object) -> bool:
     return isinstance(axes, Axes) and axes.aggregate
 
 
+def _of_losses(nodes: list[fx.Node], stack: DecoderStack, analysis: TokenAxes) -> set[fx.Node]:
+    """Losses, and what is computed from them alone: active rows are all they need, whatever their logits are for."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        content = [source for source in node.all_input_nodes if source in stack.content]
+        from_losses = bool(content) and all(source in found for source in content)
+        if from_losses or analysis.kinds.get(node) is Kind.LOSS:
+            found.add(node)
+    return found
+
+
 class _Placer:
     def __init__(
         self,
@@ -104,6 +115,7 @@ class _Placer:
         self.analysis = analysis
         self.masks = masks
         self.learned = learned_nodes(self.nodes)
+        self.of_losses = _of_losses(self.nodes, stack, analysis)
         self.dense: set[int] = {layer.index for layer in stack.layers if layer.refused is not None}
         self.placement = Placement()
 
@@ -122,6 +134,8 @@ class _Placer:
         return self.placement
 
     def _layout(self, node: fx.Node) -> Layout:
+        if operator_name(node) == "getitem":
+            return self.placement.layout(node.args[0])  # several values are moved one by one
         kind = self.analysis.kinds.get(node)
         if kind is Kind.ATTENTION and (reason := self._why_no_kernel(node)) is not None:
             self.placement.no_kernel[node] = reason
@@ -146,7 +160,7 @@ class _Placer:
         if node.op != "call_function" or node in self.analysis.unproven or fake(node) is None:
             return False
         if self.stack.segment[node] in self.dense:
-            return self.analysis.kinds.get(node) is Kind.LOSS
+            return node in self.of_losses
         kind = self.analysis.kinds.get(node)
         axes = self.analysis.axes.get(node)
         if kind is None:

@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-# Operators that move labels without looking at them.
+# Operators that move labels, or put something in their place, without looking at them.
 _MOVES = {
     "aten.view", "aten.reshape", "aten._unsafe_view", "aten.clone", "aten.contiguous", "aten.alias", "aten.detach",
     "aten.slice", "aten.pad", "aten.constant_pad_nd", "aten.unsqueeze", "aten.squeeze", "aten.flatten",
     "aten._to_copy", "aten.to", "aten.roll", "aten.cat", "aten.new_full", "aten.full", "aten.full_like",
-    "aten.lift_fresh_copy",
+    "aten.lift_fresh_copy", "aten.select", "aten.slice_scatter", "aten.select_scatter", "aten.expand",
+    "aten.expand_as", "aten.fill", "aten.masked_fill", "aten.where",
 }  # fmt: skip
+# Those of them that choose by a mask, which must not be made of labels, and the place of that mask.
+_MASKS = {"aten.masked_fill": 1, "aten.where": 0}
 
 
 # Larger than any batch; twice as much plus a batch still fits int32, to which a model may cast its labels.
@@ -136,25 +139,33 @@ def _replayed(rewriter: Rewriter, target: fx.Node, loss: fx.Node, first: int) ->
     index = emit.call(aten.add.Scalar, index, first)
     index = emit.call(aten.reshape.default, index, [sizes.batch, sizes.length])
     replayed: dict[fx.Node, fx.Node] = {labels: index}
+    from_labels = _made_from(labels)
 
     def replay(node: fx.Node) -> Any:
         if node in replayed:
             return replayed[node]
         if not is_tensor(node):
             return rewriter.symint(node, Layout.DENSE)
-        if node.op != "call_function" or not _depends_on(node, labels):
+        if node.op != "call_function" or node not in from_labels:
             return rewriter.value(node, Layout.DENSE)
-        if operator_name(node) not in _MOVES:
-            raise Refused("loss", f"{operator_name(node)} changes the labels before the loss", node)
+        name = operator_name(node)
+        if name not in _MOVES or (name in _MASKS and node.args[_MASKS[name]] in from_labels):
+            raise Refused("loss", f"{name} changes the labels before the loss", node)
         with emit.like(node):
             args, kwargs = fx.map_arg((node.args, node.kwargs), replay)
             replayed[node] = emit.call(node.target, *args, **kwargs)
         return replayed[node]
 
-    if not _depends_on(target, labels):
+    if target not in from_labels:
         raise Refused("loss", "computes a loss from something else than `labels`", loss)
     return replay(target)
 
 
-def _depends_on(node: fx.Node, source: fx.Node) -> bool:
-    return node is source or any(_depends_on(argument, source) for argument in node.all_input_nodes)
+def _made_from(source: fx.Node) -> set[fx.Node]:
+    """A node and everything that depends on it."""
+    found, todo = {source}, [source]
+    while todo:
+        fresh = [user for user in todo.pop().users if user not in found]
+        found.update(fresh)
+        todo.extend(fresh)
+    return found

@@ -17,13 +17,13 @@ DISTANCES = 6  # told apart by learned biases
 WINDOW, CHUNK = 3, 4
 
 
-def seen_by_index(span: str, query: Tensor, key: Tensor) -> Tensor:
-    """bool: which keys a span leaves to a query, by their positions; causal order apart."""
+def seen_by_index(span: str, query: Tensor, key: Tensor, causal: Tensor) -> Tensor:
+    """bool [S, S]: which keys a span leaves to a query, by their positions. causal: those at or before it."""
     if span == "window":
-        return query - key < WINDOW
+        return causal & (query - key < WINDOW)
     if span == "chunk":
-        return query // CHUNK == key // CHUNK
-    return key >= 0
+        return causal & (query // CHUNK == key // CHUNK)
+    return torch.ones_like(causal) if span == "full" else causal
 
 
 class Attention(nn.Module):
@@ -54,8 +54,8 @@ class Attention(nn.Module):
             Mix(choice.mix, D if choice.groups == "all" else D // 2) if choice.mix_at == "values" else None
         )
         index = torch.arange(LONGEST)
-        square = seen_by_index(choice.span, index[:, None], index)
-        self.register_buffer("tril", square & (index <= index[:, None]) if choice.span != "full" else square)
+        square = seen_by_index(choice.span, index[:, None], index, index <= index[:, None])
+        self.register_buffer("tril", square)
 
     def forward(self, x: Tensor, told: Told, lent: Pair | None) -> tuple[Tensor, Pair | None]:
         B, S = told.padding.shape

@@ -51,7 +51,7 @@ LAYER: dict[str, Weights] = {
     "dropout": {False: 4, True: 1},
     "odd": ODD,
     "odd_at": {"mlp": 1, "attention": 1, "residual": 1},
-    "mix": MIXING | {"none": 220},
+    "mix": MIXING | {"none": 260},
     "mix_at": {"mlp": 1, "attention": 1, "input": 1, "values": 0.7, "beside": 1},
 }  # fmt: skip
 
@@ -78,8 +78,8 @@ DECODER: dict[str, Weights] = {
     "logit_cap": {False: 4, True: 1},
     "loss": {
         "pad_labels": 4, "cut_logits": 2, "unshifted": 1.2, "join_labels": 0.6, "roll_labels": 0.3, "sum": 0.5,
-        "scaled": 0.4, "classes_second": 0.2, "by_hand": 0.2, "padding_ignored": 0.3, "two_losses": 0.2,
-        "log_softmax": 0.2, "with_penalty": 0.3,
+        "scaled": 0.4, "padding_ignored": 0.2, "with_penalty": 0.3, "classes_second": 0.08, "by_hand": 0.08,
+        "two_losses": 0.08, "log_softmax": 0.08,
     },
     "before": MIXING | {"none": 800},
     "after": MIXING | {"none": 800},

@@ -110,8 +110,7 @@ class Decoder(nn.Module):
             keys = keys & self.elision.active[:, None, None, :]
         S = padding.shape[1]
         query, key = torch.arange(S)[:, None], torch.arange(S)[None, :]
-        spanned = seen_by_index(choice.span, query, key)
-        causal = spanned if choice.span == "full" else spanned & self._causal_order(S)
+        causal = seen_by_index(choice.span, query, key, self._causal_order(S))
         if choice.attend == "sdpa_causal" and not hides:
             return keys, causal, None
         return keys, causal, causal & keys

@@ -51,6 +51,18 @@ def joined(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.view(-1, V), torch.cat([labels[:, 1:], filler], 1).view(-1))
 
 
+def rolled_and_overwritten(logits: Tensor, labels: Tensor) -> Tensor:
+    moved = labels.roll(-1, 1)
+    moved[:, -1] = -100
+    return F.cross_entropy(logits.view(-1, V), moved.view(-1))
+
+
+def masked_by_position(logits: Tensor, labels: Tensor) -> Tensor:
+    """The first label has no row anyway."""
+    labels = labels.masked_fill(torch.arange(labels.shape[1]) < 1, -100)
+    return shifted_labels(logits, labels)
+
+
 PAIRED: dict[str, tuple[LossCode, int]] = {
     "shifted labels": (shifted_labels, 1),
     "shifted logits": (shifted_logits, 1),
@@ -59,6 +71,8 @@ PAIRED: dict[str, tuple[LossCode, int]] = {
     "sum over a number": (summed, 1),
     "two ahead": (two_ahead, 2),
     "labels joined with a filler": (joined, 1),
+    "rolled, the last one overwritten": (rolled_and_overwritten, 1),
+    "masked by position": (masked_by_position, 1),
 }
 
 
@@ -172,6 +186,14 @@ def changed(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.view(-1, V), torch.where(labels == 3, 4, labels).view(-1))
 
 
+def masked_by_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.view(-1, V), labels.masked_fill(~labels.bool(), -100).view(-1))
+
+
+def chosen_by_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.view(-1, V), torch.where(labels.bool(), labels, -100).view(-1))
+
+
 def clamped(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.view(-1, V), labels.clamp(min=1).view(-1))
 
@@ -201,6 +223,8 @@ REFUSED: list[tuple[LossCode, str]] = [
     (weighted, "weights classes"),
     (per_token, "losses per token"),
     (changed, "aten.(eq|where) changes the labels"),
+    (masked_by_labels, "changes the labels"),
+    (chosen_by_labels, "aten.where changes the labels"),
     (clamped, "aten.clamp changes the labels"),
     (reordered, "unknown way|changes the labels"),
     (class_first, r"not \[tokens, vocabulary\]"),

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv
 
 from regate_fx.passes.base import Refused
 
@@ -176,7 +177,16 @@ class TokenSymbols:
 
 
 def size_expr(size: Any) -> sympy.Expr:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+    """A size as an expression, without divisions that leave no remainder."""
+    if not isinstance(size, torch.SymInt):
+        return sympy.Integer(int(size))
+    return size.node.expr.replace(FloorDiv, _divided)
+
+
+def _divided(total: sympy.Expr, part: sympy.Expr) -> sympy.Expr:
+    quotient = sympy.cancel(total / part)
+    leaves_none = quotient.is_polynomial() and quotient.as_numer_denom()[1] == 1
+    return quotient if leaves_none else FloorDiv(total, part)
 
 
 def reshape(dims: Sequence[Dim], shape: Sequence[Any], symbols: TokenSymbols) -> tuple[Dim, ...]:

@@ -101,23 +101,42 @@ class Layouts:
 
     @property
     def _filled_slots(self) -> fx.Node:
-        """int64 [B*L]: packed row of every slot; that of row 0 where empty."""
-        return self._once("filled_slots", lambda: self._emit.call(aten.clamp.default, self.slot_rows, 0))
+        """int64 [B, L]: packed row of every slot; where empty that of the sample's first, or of any if it has none."""
+
+        def make() -> fx.Node:
+            firsts = self._emit.call(aten.slice.Tensor, self._plan.cu_seqlens, 0, 0, -1)
+            count = self.sizes[Layout.PACKED].length
+            firsts = self._emit.call(aten.remainder.Scalar, firsts, count)
+            firsts = self._emit.call(aten._to_copy.default, firsts, dtype=torch.int64)
+            firsts = self._emit.call(aten.unsqueeze.default, firsts, 1)
+            held = self._emit.call(aten.ge.Scalar, self._plan.slot_rows, 0)
+            return self._emit.call(aten.where.self, held, self._plan.slot_rows, firsts)
+
+        return self._once("filled_slots", make)
 
     @property
     def slot_valid(self) -> fx.Node:
-        """bool [B, L]: which slots hold a row."""
-        return self._once("slot_valid", lambda: self._emit.call(aten.ge.Scalar, self._plan.slot_rows, 0))
+        """bool [B, L]: which slots are keys: those that hold a row; in a sample without any, which nobody reads, all.
+
+        What is computed over no key at all may be infinite, and its gradient no number.
+        """
+
+        def make() -> fx.Node:
+            held = self._emit.call(aten.ge.Scalar, self._plan.slot_rows, 0)
+            some = self._emit.call(aten.any.dim, held, 1, True)
+            return self._emit.call(
+                aten.logical_or.default, held, self._emit.call(aten.logical_not.default, some)
+            )
+
+        return self._once("slot_valid", make)
 
     @property
     def slot_positions(self) -> fx.Node:
-        """int64 [B, L]: original position of every slot's row; some position of the batch where empty."""
-
-        def make() -> fx.Node:
-            rows = self._emit.call(aten.clamp.default, self._plan.slot_rows, 0)
-            return self._emit.call(aten.index.Tensor, self.positions, [rows])
-
-        return self._once("slot_positions", make)
+        """int64 [B, L]: original position of every slot's row."""
+        return self._once(
+            "slot_positions",
+            lambda: self._emit.call(aten.index.Tensor, self.positions, [self._filled_slots]),
+        )
 
     @property
     def max_seqlen(self) -> Size:
@@ -161,15 +180,18 @@ class Layouts:
         return self._emit.call(aten.where.self, shown, scattered, constant)
 
     def spread(self, value: fx.Node, axes: Axes) -> fx.Node:
-        """Packed to compact. Empty slots repeat some active row: whatever is computed there must stay finite.
+        """Packed to compact. Empty slots repeat an active row of their sample: what is computed there stays finite.
 
-        No gradient comes back from them: they are left out of every sum over keys, and dropped as queries.
+        As queries they see what that row sees, as keys they score what it scores. No gradient comes back from them:
+        they are left out of every sum over keys, and dropped as queries. One that is no number would come back.
         """
         exploded, factors = self._explode(value, axes, Layout.PACKED)
         if Token.S not in factors or axes.sequences > 1:
             raise Refused("layout", "only rows of tokens can be spread to slots")
         front, order = self._to_front(exploded, factors)
-        slots = self._take(self._fold(front, factors), self._filled_slots, self._plan.row_slots, True, True)
+        slots = self._take(
+            self._fold(front, factors), self._flat(self._filled_slots), self._plan.row_slots, True, True
+        )
         spread = self._unfold(slots, factors, Layout.COMPACT)
         return self._regroup(self._back(spread, order), axes, Layout.COMPACT)
 

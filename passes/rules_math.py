@@ -178,6 +178,18 @@ def _linear(op: Operands) -> Verdict:
     return Verdict(result, kind_of(result))
 
 
+@rule("aten.conv1d")
+def _convolution(op: Operands) -> Verdict:
+    """Over single positions, `[B, C, S]`: a linear layer."""
+    axes = op.axes("input")
+    if fake(op["weight"]).shape[2] != 1 or list(op["stride"]) != [1] or list(op["padding"]) != [0]:
+        raise op.refuse("mixes-tokens", "mixes neighbouring positions")
+    if op.axes("weight").has_tokens or op.axes("bias").has_tokens or has_token(axes.dims[-2]):
+        raise op.refuse("mixes-tokens", "has token positions for channels")
+    result = axes.with_dims([*axes.dims[:-2], op.symbols.dim_of_size(op.shape[-2]), axes.dims[-1]])
+    return Verdict(result, kind_of(result))
+
+
 def product(op: Operands, left: Axes, right: Axes) -> Verdict:
     """`[..., m, k] @ [..., k, n]`: rows where `k` is a feature, pairs where `m` and `n` or `k` are positions."""
     if len(left) < 2 or len(right) < 2:
@@ -232,4 +244,9 @@ def _einsum(op: Operands) -> Verdict:
     result = Axes(tuple(letters[letter] for letter in output))
     if sum(Token.B in dim for dim in result.dims) > 1:
         raise op.refuse("mixes-tokens", "pairs tokens of different samples")
-    return Verdict(result, Kind.PAIRS if contracted else kind_of(result, *operands))
+    kind = Kind.PAIRS if contracted else kind_of(result, *operands)
+    shared = [axes for axes in operands if axes.sequences and not axes.has_batch]
+    if kind is Kind.PAIRS and shared and result.has_batch and op.symbols.batch != 1:
+        # At the active positions it is another one for every sample, and the equation has no letter for that.
+        raise op.refuse("einsum", "takes an operand over positions that all samples share")
+    return Verdict(result, kind)

@@ -201,6 +201,30 @@ def test_what_is_gated_is_right(extra: Extra) -> None:
     assert {layer.kind for layer in gated.report.layers} <= {"varlen", "compact"}
 
 
+def by_logsumexp_of_a_sum(b: Block, x: Tensor, m: Any) -> Tensor:
+    """No gradient is stopped where a mask is added, as it is where scores are replaced."""
+    scores = x @ x.mT
+    scores = scores + hide(torch.zeros(scores.shape), m)
+    return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ x
+
+
+def by_amax_of_a_sum(b: Block, x: Tensor, m: Any) -> Tensor:
+    scores = x @ x.mT
+    scores = scores + hide(torch.zeros(scores.shape), m)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (weights / weights.sum(-1, keepdim=True)) @ x
+
+
+@pytest.mark.parametrize("extra", [by_logsumexp_of_a_sum, by_amax_of_a_sum], ids=lambda extra: extra.__name__)
+@pytest.mark.parametrize("last", [(4, 6), ()], ids=["late", "none"])
+def test_what_is_computed_in_empty_slots_stays_finite(extra: Extra, last: tuple[int, ...]) -> None:
+    """A sample whose slots are in part empty, and which begins later than the others or has no active position."""
+    model = decoder(extra, layers=1)
+    active = torch.ones(3, 7, dtype=torch.bool)
+    active[2] = torch.isin(torch.arange(7), torch.tensor(last, dtype=torch.int64))
+    assert_is_key_masked(gate(model), model, batch(3), active)
+
+
 def convolution(b: Block, x: Tensor, m: Any) -> Tensor:
     return F.conv1d(F.pad(x.mT, (2, 0)), b.table[:24, :1].reshape(D, 1, 3), groups=D).mT
 

@@ -61,6 +61,10 @@ def dispatched(w: Weights, x: Tensor) -> Tensor:
 
 ROWS: dict[str, tuple[Entry, str]] = {
     "linear": (lambda w, x: F.linear(x, w.weight, w.bias), "B, S, 8"),
+    "convolution over single positions": (
+        lambda w, x: F.conv1d(x.mT, w.weight[..., None], w.bias),
+        "B, 8, S",
+    ),
     "matmul": (lambda w, x: x @ w.weight, "B, S, 8"),
     "norm": (lambda w, x: F.layer_norm(x, (D,), w.bias), "B, S, 8"),
     "flattened": (lambda w, x: x.view(-1, D) @ w.weight, "B*S, 8"),
@@ -123,6 +127,15 @@ PAIRS: dict[str, tuple[Entry, str]] = {
     "sum over keys": (lambda w, x: (x @ x.mT).exp().sum(-1), "B, S"),
     "log of a sum over keys": (lambda w, x: (x @ x.mT).logsumexp(-1, keepdim=True), "B, S, 1"),
     "weights times values": (lambda w, x: (x @ x.mT).softmax(-1) @ x, "B, S, 8"),
+    "linear over heads of scores": (
+        lambda w, x: F.linear(
+            (x.view(*size(x), H, -1).transpose(1, 2) @ x.view(*size(x), H, -1).permute(0, 2, 3, 1)).permute(
+                0, 2, 3, 1
+            ),
+            w.weight[:, :H],
+        ),
+        "B, S, S, 8",
+    ),
     "einsum scores": (lambda w, x: torch.einsum("bqd,bkd->bqk", x, x), "B, S, S"),
     "distances": (lambda w, x: (x[:, :, None] - x[:, None]).pow(2).sum(-1), "B, S, S"),
     "three-dimensional attention": (lambda w, x: F.scaled_dot_product_attention(x, x, x), "B, S, 8"),
@@ -140,7 +153,17 @@ def pooled(w: Weights, x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Entry, str, str]] = {
-    "convolution": (lambda w, x: w.conv(x.transpose(1, 2)), "unknown-operator", "aten.conv1d"),
+    "convolution": (lambda w, x: w.conv(x.transpose(1, 2)), "mixes-tokens", "aten.conv1d"),
+    "stretched convolution": (
+        lambda w, x: F.conv1d(x.mT, w.weight[..., None], stride=2),
+        "mixes-tokens",
+        "aten.conv1d",
+    ),
+    "einsum with a table over pairs": (
+        lambda w, x: torch.einsum("bqd,qkd->bqk", x, w.table[: x.shape[1], None] * w.table[: x.shape[1]]),
+        "einsum",
+        "all samples share",
+    ),
     "cumulative sum": (lambda w, x: x.cumsum(1), "mixes-tokens", "aten.cumsum"),
     "cumulative product": (lambda w, x: x.cumprod(1), "mixes-tokens", "aten.cumprod"),
     "flip": (lambda w, x: x.flip(1), "mixes-tokens", "aten.flip"),

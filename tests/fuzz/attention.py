@@ -14,7 +14,7 @@ from told import Pair, Told, from_grid, join_heads, phases, split_heads, to_grid
 from torch import Tensor, nn
 
 DISTANCES = 6  # told apart by learned biases
-WINDOW, CHUNK = 3, 4
+WINDOW, CHUNK, PREFIX = 3, 4, 3
 
 
 def seen_by_index(span: str, query: Tensor, key: Tensor, causal: Tensor) -> Tensor:
@@ -23,6 +23,8 @@ def seen_by_index(span: str, query: Tensor, key: Tensor, causal: Tensor) -> Tens
         return causal & (query - key < WINDOW)
     if span == "chunk":
         return causal & (query // CHUNK == key // CHUNK)
+    if span == "prefix":
+        return causal | (key < PREFIX)
     return torch.ones_like(causal) if span == "full" else causal
 
 
@@ -38,7 +40,7 @@ class Attention(nn.Module):
         outer = (H + 2 * self.G) * self.d
         if choice.attend.startswith("mha"):
             is_first = program.layout != "sequence_first"
-            self.mha = nn.MultiheadAttention(D, H, dropout=0.0, batch_first=is_first)
+            self.mha = nn.MultiheadAttention(D, H, 0.0, batch_first=is_first, add_bias_kv=choice.memory)
         elif choice.qkv == "separate":
             self.q = nn.Linear(D, H * self.d, bias=False)
             self.k, self.v = (nn.Linear(D, self.G * self.d, bias=False) for _ in range(2))
@@ -49,6 +51,8 @@ class Attention(nn.Module):
         self.out_gate = nn.Linear(D, H if choice.out_gate == "heads" else D)
         self.sinks, self.second = nn.Parameter(torch.zeros(H)), nn.Parameter(torch.tensor(0.5))
         self.relative = nn.Embedding(DISTANCES, H)
+        self.relative_rows = nn.Embedding(DISTANCES, self.d // (2 if choice.minus else 1))
+        self.content_bias, self.talk = nn.Linear(D, H), nn.Linear(H, H)
         self.dropout = nn.Dropout(0.0)
         self.mix = (
             Mix(choice.mix, D if choice.groups == "all" else D // 2) if choice.mix_at == "values" else None
@@ -68,6 +72,9 @@ class Attention(nn.Module):
                 assert lent is not None
                 k, v = lent
             kept = k, v
+            if self.choice.content_bias != "none":
+                rows = split_heads(self.content_bias(x), self.program.layout, B, S, self.H)  # [B, H, S, 1]
+                told = told._replace(content_bias=rows.mT if self.choice.content_bias == "keys" else rows)
             out = self._attended(q, k, v, told)
             if self.choice.out_gate == "heads":
                 gates = split_heads(self.out_gate(x), self.program.layout, B, S, self.H)
@@ -143,13 +150,15 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
 
     def _bias(self, told: Told) -> Tensor | None:
-        bias = told.bias
-        if self.choice.relative:
-            index = torch.arange(told.padding.shape[1])
-            apart = (index[:, None] - index).clamp(0, DISTANCES - 1)
-            learned = self.relative(apart).permute(2, 0, 1)[None]
-            bias = learned if bias is None else bias + learned
-        return bias
+        biases = [bias for bias in (told.bias, told.content_bias) if bias is not None]
+        if self.choice.relative == "added":
+            biases.append(self.relative(self._apart(told)).permute(2, 0, 1)[None])
+        return sum(biases[1:], start=biases[0]) if biases else None
+
+    def _apart(self, told: Told) -> Tensor:
+        """int64 [S, S]: how far a key is behind a query."""
+        index = torch.arange(told.padding.shape[1])
+        return (index[:, None] - index).clamp(0, DISTANCES - 1)
 
     def _biased(self, additive: Tensor | None, told: Told) -> Tensor:
         assert additive is not None
@@ -167,10 +176,10 @@ class Attention(nn.Module):
             y, _ = self.mha(x, x, x, attn_mask=mask, need_weights=False)
         else:
             keys = torch.zeros_like(told.keys[:, 0, 0], dtype=x.dtype).masked_fill(
-                ~told.keys[:, 0, 0], self.program.lowest
+                ~told.keys[:, 0, 0], self.program.least
             )
             causal = torch.zeros_like(told.causal, dtype=x.dtype).masked_fill(
-                ~told.causal, self.program.lowest
+                ~told.causal, self.program.least
             )
             y, _ = self.mha(x, x, x, attn_mask=causal, key_padding_mask=keys)
         return from_grid(y, layout) if layout == "flat" else y
@@ -181,8 +190,33 @@ class Attention(nn.Module):
         scores = self._scores(q, k, told)
         if self.choice.cap:
             scores = torch.tanh(scores / 2) * 2
-        scores = self._hidden(scores, told)
-        weights = self.dropout(self._weights(scores).to(v.dtype))
+        if self.choice.talking:
+            scores = self.talk(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        hidden = self._hidden(scores, told)
+        weights = self.dropout(self._weights(hidden).to(v.dtype))
+        y = self._summed(weights, v)
+        if self.choice.twice == "late":
+            y = self._summed(weights, y)
+        elif self.choice.twice == "early":
+            y = self._summed(weights @ weights, v)
+        return self._read(weights, hidden, y)
+
+    def _read(self, weights: Tensor, hidden: Tensor, y: Tensor) -> Tensor:
+        """Values scaled by something read from the weights."""
+        kind = self.choice.read
+        if kind == "none":
+            return y
+        if kind == "largest":
+            found = weights.amax(-1, keepdim=True)
+        elif kind == "squares":
+            found = weights.square().sum(-1, keepdim=True)
+        elif kind == "entropy":
+            found = -(weights * (weights.abs() + 1e-9).log()).sum(-1, keepdim=True)
+        else:
+            found = torch.tanh(hidden.logsumexp(-1, keepdim=True))
+        return y * found.view(*y.shape[:3], 1).to(y.dtype)
+
+    def _summed(self, weights: Tensor, v: Tensor) -> Tensor:
         kind = self.choice.scores
         if kind == "einsum":
             return torch.einsum("bhqk,bhkd->bhqd", weights, v)
@@ -213,8 +247,15 @@ class Attention(nn.Module):
             scores = torch.einsum("bqhd,bkhd->bhqk", q.transpose(1, 2), k.transpose(1, 2)) * scale
         elif kind == "summed":
             scores = (q[:, :, :, None] * k[:, :, None]).sum(-1) * scale
+        elif kind == "distance":
+            squares = q.square().sum(-1, keepdim=True) + k.square().sum(-1)[:, :, None]
+            scores = (2 * q @ k.mT - squares) * scale
+        elif kind == "transposed":
+            scores = (k @ q.mT).mT * scale
         else:
             scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+        if self.choice.relative == "rows":
+            scores = scores + torch.einsum("bhqd,qkd->bhqk", q, self.relative_rows(self._apart(told)))
         return scores if bias is None else scores + bias
 
     def _hidden(self, scores: Tensor, told: Told) -> Tensor:
@@ -226,10 +267,12 @@ class Attention(nn.Module):
             return mask.expand(B, self.H, -1, S).reshape(B * self.H, -1, S)
 
         assert told.visible is not None
-        hide, least = self.choice.hide, self.program.lowest
+        hide, least = self.choice.hide, self.program.least
         if self.choice.softmax in ("none", "sigmoid"):
             weights = scores if self.choice.softmax == "none" else torch.sigmoid(scores)
             return torch.where(fit(told.visible), weights, 0.0)
+        if self.choice.softmax == "masked_after":
+            return (scores - scores.amax(-1, keepdim=True)).exp() * fit(told.visible)
         if hide == "add":
             assert told.additive is not None
             return scores + fit(told.additive)
@@ -246,6 +289,8 @@ class Attention(nn.Module):
         kind = self.choice.softmax
         if kind in ("none", "sigmoid"):
             return scores
+        if kind == "masked_after":
+            return scores / (scores.sum(-1, keepdim=True) + 1e-300)
         if self.choice.sinks == "joined":
             B, H, S, _ = scores.shape
             joined = torch.cat([scores, self.sinks.view(1, H, 1, 1).expand(B, H, S, 1)], dim=-1)

@@ -112,6 +112,7 @@ class Experts(nn.Module):
             "dense_experts": self._dense,
             "bmm_experts": self._batched,
             "picked_experts": self._picked,
+            "sorted_experts": self._sorted,
         }[self.kind]
         return compute(tokens, weights, chosen).view(x.shape)
 
@@ -143,6 +144,17 @@ class Experts(nn.Module):
         computed = torch.bmm(F.silu(torch.bmm(repeated, self.up)), self.down)
         return (computed * spread.transpose(0, 1).unsqueeze(-1)).sum(0)
 
+    def _sorted(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """(token, choice) rows sorted by expert, computed, and put back."""
+        ids = chosen.reshape(-1)
+        order = torch.argsort(ids)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(order.shape[0])
+        rows = tokens[order // CHOSEN]
+        inner = F.silu(torch.bmm(rows[:, None], self.up[ids[order]]))
+        computed = torch.bmm(inner, self.down[ids[order]])[:, 0]
+        return (computed[inverse].view(*chosen.shape, -1) * weights[..., None]).sum(1)
+
     def _picked(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """The weights of each token's experts looked up."""
         up, down = self.up[chosen], self.down[chosen]  # [N, K, D, F], [N, K, F, D]
@@ -150,8 +162,20 @@ class Experts(nn.Module):
         return (torch.matmul(inner, down).squeeze(-2) * weights[..., None]).sum(1)
 
 
+class Pointwise(nn.Module):
+    """A convolution over single positions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(width, 2 * width, 1), nn.Conv1d(2 * width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x if x.dim() == 3 else x[None]
+        return self.down(F.gelu(self.up(rows.mT))).mT.reshape(x.shape)
+
+
 def mlp(kind: str, width: int) -> nn.Module:
-    plain = {"gelu": Gelu, "swiglu": SwiGLU, "addmm": Addmm}
+    plain = {"gelu": Gelu, "swiglu": SwiGLU, "addmm": Addmm, "pointwise": Pointwise}
     if kind == "none":
         return nn.Identity()
     return plain[kind](width) if kind in plain else Experts(kind, width)

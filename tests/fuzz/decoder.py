@@ -52,6 +52,7 @@ class Decoder(nn.Module):
         self.second_head = nn.Linear(D, VOCABULARY)
         if program.tied:
             self.head.weight = self.embed.weight
+        self.collects, self.join = nn.Parameter(torch.ones(8)), nn.Linear(2 * D, D)
         self.register_buffer("causal", torch.ones(LONGEST, LONGEST, dtype=torch.bool).tril())
 
     def forward(
@@ -83,6 +84,8 @@ class Decoder(nn.Module):
         positions = self._positions(padding)
         if program.positions in ("learned", "counted"):
             x = x + self.learned(positions)
+        elif program.positions == "learned_expanded":
+            x = x + self.learned(torch.arange(ids.shape[1]).repeat(ids.shape[0], 1))
         elif program.positions == "learned_offset":
             x = x + self.learned(positions + OFFSET)
         elif program.positions == "sinusoidal":
@@ -97,7 +100,7 @@ class Decoder(nn.Module):
             return (padding.cumsum(1) - 1).masked_fill(padding == 0, 1)
         return torch.arange(padding.shape[1])[None]
 
-    def _masks(self, index: int, padding: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _masks(self, index: int, padding: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """keys [B, 1, 1, S], causal [S, S], visible [B, 1, S, S] of the layer that runs as number `index`.
 
         The only place where it is known what the oracle hides.
@@ -111,6 +114,9 @@ class Decoder(nn.Module):
         S = padding.shape[1]
         query, key = torch.arange(S)[:, None], torch.arange(S)[None, :]
         causal = seen_by_index(choice.span, query, key, self._causal_order(S))
+        if choice.span == "document":
+            document = (ids == 4).cumsum(1)
+            keys = keys & (document[:, None, :, None] == document[:, None, None, :])
         if choice.attend == "sdpa_causal" and not hides:
             return keys, causal, None
         return keys, causal, causal & keys
@@ -131,11 +137,11 @@ class Decoder(nn.Module):
 
     def _additive(self, visible: Tensor, dtype: torch.dtype) -> Tensor:
         if self.program.additive_by == "times":
-            return (1.0 - visible.to(dtype)) * self.program.lowest
+            return (1.0 - visible.to(dtype)) * self.program.least
         zeros = torch.zeros(visible.shape, dtype=dtype)
         if self.program.additive_by == "masked_fill":
-            return zeros.masked_fill(~visible, self.program.lowest)
-        return torch.where(visible, zeros, torch.full((), self.program.lowest, dtype=dtype))
+            return zeros.masked_fill(~visible, self.program.least)
+        return torch.where(visible, zeros, torch.full((), self.program.least, dtype=dtype))
 
     def _bias(self, padding: Tensor, dtype: torch.dtype) -> Tensor | None:
         """ALiBi [1 or B, H, 1 or S, S]."""
@@ -162,6 +168,7 @@ class Decoder(nn.Module):
             state = torch.stack([x, x], -2)
         elif program.streams == "two":
             state = (x, x)
+        outputs = [x]
         lent: Pair | None = None
         masks: dict[tuple[str, bool, bool], tuple[Tensor, Tensor, Tensor | None]] = {}
         for index in range(len(self.layers) * program.loops):
@@ -169,21 +176,36 @@ class Decoder(nn.Module):
             choice = self.layers[number].choice
             kind = choice.span, choice.attend == "sdpa_causal", self._hides(index)
             if kind not in masks:
-                masks[kind] = self._masks(index, padding)
+                masks[kind] = self._masks(index, padding, ids)
             keys, causal, visible = masks[kind]
             additive = self._additive(visible, x.dtype) if visible is not None and choice.adds_mask else None
             extra = None if extras is None else from_grid(extras[:, :, number], layout)
             told = Told(padding, ids, positions, keys, causal, visible, additive, bias, rotary, extra)
             layer = self.layers[number]
+            before = state = self._skipped(index, state, outputs)
             if program.checkpoint:
                 after, kept = checkpoint(layer, state, told, lent, use_reentrant=False)
             else:
                 after, kept = layer(state, told, lent)
             lent = kept if lent is None else lent
-            state = self._held(index, state, after)
+            state = self._held(index, before, after)
+            outputs.append(state)
+        if program.skips == "collected":
+            return sum((w * y for w, y in zip(self.collects, outputs[1:], strict=False)), start=x)
         if program.streams == "stacked":
             return state.sum(-2)
         return state[0] + state[1] if program.streams == "two" else state
+
+    def _skipped(self, index: int, state: Any, outputs: list[Tensor]) -> Any:
+        """What a layer reads, with what came out of earlier ones. outputs: the embeddings, then of every layer."""
+        kind, last = self.program.skips, len(self.layers) * self.program.loops - 1
+        if kind == "first" and index:
+            return self.collects[0] * state + self.collects[1] * outputs[0]
+        if kind == "joined" and index:
+            return self.join(torch.cat([state, outputs[0]], -1))
+        if kind == "mirrored" and index > last - index:
+            return state + self.collects[index] * outputs[last - index]
+        return state
 
     def _held(self, index: int, before: Any, after: Any) -> Any:
         """In the oracle, behind a gated layer: what went in, as a constant, at elided positions."""
@@ -214,6 +236,11 @@ class Decoder(nn.Module):
             return (losses * real).sum() / real.sum()
         if kind == "log_softmax":
             return F.nll_loss(rows.log_softmax(-1), targets, ignore_index=IGNORED)
+        if kind == "masked_by_labels":
+            targets = targets.masked_fill(targets == 7, IGNORED)
+        if kind.startswith("sum_by"):
+            total = F.cross_entropy(rows, targets, ignore_index=IGNORED, reduction="sum")
+            return total / (labels.shape[0] if kind == "sum_by_batch" else (targets != IGNORED).sum())
         if kind == "sum":
             return F.cross_entropy(rows, targets, ignore_index=IGNORED, reduction="sum") / 7
         loss = F.cross_entropy(rows, targets, ignore_index=IGNORED)

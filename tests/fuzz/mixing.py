@@ -5,7 +5,6 @@ Shapes: B samples, S positions, D width, E experts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -140,6 +139,29 @@ def _segment_sum(m: Any, x: Tensor, padding: Tensor) -> Tensor:
     return x + sums[group].view(x.shape)
 
 
+def _over_number(m: Any, x: Tensor, padding: Tensor) -> Tensor:
+    return x / (1 + x.detach().square().mean().item())
+
+
+def _uniform(m: Any, x: Tensor, padding: Tensor) -> Tensor:
+    """Attention without scores."""
+    S = x.shape[1]
+    seen = torch.ones(S, S, dtype=x.dtype).tril() * padding[:, None, :].to(x.dtype)
+    return (seen / seen.sum(-1, keepdim=True).clamp(min=1)) @ (x @ m.weight)
+
+
+def _features_as_long(m: Any, x: Tensor, padding: Tensor) -> Tensor:
+    """Every token by itself, but by as many features as there are positions."""
+    return x + (x[..., None] * m.table[: x.shape[1], 0]).sum(-1) / 4
+
+
+def _query_softmax(m: Any, x: Tensor, padding: Tensor) -> Tensor:
+    """Attention normalised over the wrong axis."""
+    scores = x @ m.weight @ x.mT
+    visible = torch.ones_like(scores, dtype=torch.bool).tril()
+    return scores.masked_fill(~visible, -1e4).softmax(-2) @ x
+
+
 Function = Callable[[Any, Tensor, Tensor], Tensor]
 MIXES: dict[str, Function] = {
     "convolution": _convolution,
@@ -174,6 +196,12 @@ MIXES: dict[str, Function] = {
     "next_in_batch": lambda m, x, p: x + x.roll(1, 0),
     "router_capacity": _router_capacity,
     "segment_sum": _segment_sum,
+    "less_sample_mean": lambda m, x, p: x - x.mean(0, keepdim=True),
+    "over_total": lambda m, x, p: x / (1 + x.square().sum() / x.numel()),
+    "over_number": _over_number,
+    "uniform": _uniform,
+    "features_as_long": _features_as_long,
+    "query_softmax": _query_softmax,
 }
 
 
@@ -205,6 +233,8 @@ class Odd(nn.Module):
             return y
         if self.kind == "by_count":
             return x * padding.cumsum(1)[..., None].to(x.dtype).log1p()
-        assert self.kind == "features_as_long"
-        # As many features as there are positions: sizes alone do not tell them apart.
-        return x + (x[..., None] * self.table[:S, 0]).sum(-1) / math.sqrt(LONGEST)
+        if self.kind == "zeroed":
+            return torch.where(padding[..., None].bool(), x, torch.zeros((), dtype=x.dtype))
+        assert self.kind == "by_row_number"
+        rows = x.flatten(0, 1)
+        return rows[torch.arange(rows.shape[0])].view(x.shape)

@@ -35,7 +35,12 @@ class Layer:
     out_gate: str = "none"
     qk_norm: bool = False
     values: str = "own"
-    relative: bool = False
+    relative: str = "none"
+    content_bias: str = "none"
+    talking: bool = False
+    twice: str = "none"
+    read: str = "none"
+    memory: bool = False
     writes: bool = False
     norm: str = "none"
     place: str = "pre"
@@ -50,7 +55,11 @@ class Layer:
     @property
     def adds_mask(self) -> bool:
         """Whether its attention takes a mask to be added to the scores."""
-        by_scores = self.attend == "scores" and self.hide == "add" and self.softmax not in ("none", "sigmoid")
+        by_scores = (
+            self.attend == "scores"
+            and self.hide == "add"
+            and self.softmax not in ("none", "sigmoid", "masked_after")
+        )
         return self.attend in ("sdpa", "mha") or by_scores
 
 
@@ -69,9 +78,11 @@ class Program:
     rotary_made: str = "outside"
     mask_by: str = "compare"
     additive_by: str = "where"
+    lowest: str = "finfo"
     padding: str = "right"
     layout: str = "grid"
     streams: str = "one"
+    skips: str = "none"
     loops: int = 1
     per_layer: str = "none"
     embed_scale: bool = False
@@ -97,8 +108,20 @@ class Program:
         return any(mix != "none" for mix in (self.before, self.after, *(layer.mix for layer in self.layers)))
 
     @property
-    def lowest(self) -> float:
+    def sees_ids(self) -> bool:
+        """Whether ids reach other tokens than their own by other ways than attention."""
+        return self.is_mixing or any(layer.span == "document" for layer in self.layers)
+
+    @property
+    def passes_unchanged(self) -> bool:
+        """Whether layers are given what those before them return: else what elided positions show is not defined."""
+        return self.per_layer != "added" and self.skips == "none"
+
+    @property
+    def least(self) -> float:
         """What masks add to hidden scores; what float64 has for it is infinite to a softmax in float32."""
+        if self.lowest == "1e4":
+            return -1e4
         return torch.finfo(torch.float32 if self.float32 else torch.float64).min
 
     def to_json(self) -> dict[str, Any]:
@@ -130,10 +153,13 @@ def draw(seed: int) -> Program:
     def layer() -> Layer:
         return Layer(**{name: pick(weights) for name, weights in LAYER.items()})
 
-    count = source.choices([2, 1, 3], [8, 1, 1])[0]
+    count = source.choices([1, 2, 3], [12, 7, 1])[0]
     layers = [layer() for _ in range(count)]
-    if source.random() < 0.5:
-        layers = [layers[0]] * count
+    if source.random() < 0.4:
+        # Alike, but for what makes a layer dense.
+        layers = [layers[0]] + [replace(layers[0], mix="none")] * (count - 1)
+    if all(layer.mix != "none" for layer in layers):
+        layers.append(replace(layers[0], mix="none"))
     chosen = {name: pick(weights) for name, weights in DECODER.items()}
     return settle(Program(tuple(layers), seed, **chosen))
 
@@ -145,6 +171,8 @@ def settle(program: Program) -> Program:
     # A pair of half heads for two softmaxes subtracted, and rotary pairs inside: at least four numbers a head.
     if program.width // program.heads < 4:
         program = replace(program, heads=2)
+    if program.skips != "none":
+        program = replace(program, streams="one")
     layers: list[Layer] = []
     for layer in program.layers:
         layers.append(_settled(layer, layers[0] if layers else None, program))
@@ -152,10 +180,17 @@ def settle(program: Program) -> Program:
 
 
 def _settled(layer: Layer, first: Layer | None, program: Program) -> Layer:
-    biased = layer.relative or program.positions.startswith("alibi")
+    by_scores = layer.talking or layer.twice != "none" or layer.read != "none" or layer.relative == "rows"
+    if by_scores and not layer.attend.startswith("mha"):
+        layer = replace(layer, attend="scores")
+    biased = (
+        layer.relative == "added" or layer.content_bias != "none" or program.positions.startswith("alibi")
+    )
     if biased and layer.attend not in WITH_BIAS:
         layer = replace(layer, attend="sdpa")
     if layer.attend in KERNELS:
+        layer = replace(layer, talking=False, twice="none", read="none")
+        layer = replace(layer, relative="none" if layer.relative == "rows" else layer.relative)
         layer = replace(layer, scores="matmul", hide="add", softmax="softmax", cap=False, sinks="none")
     elif layer.groups == "enable_gqa":
         layer = replace(layer, groups="expand")
@@ -168,10 +203,17 @@ def _settled(layer: Layer, first: Layer | None, program: Program) -> Layer:
         )
     if layer.groups != "all" and layer.qkv in ("chunk", "view", "view_by_head"):
         layer = replace(layer, qkv="split")
-    if layer.scores == "bmm" and layer.sinks != "none":
+    if layer.scores in ("bmm", "transposed") and layer.sinks != "none":
         layer = replace(layer, scores="matmul")
-    if layer.softmax in ("none", "sigmoid"):
+    if layer.softmax in ("none", "sigmoid", "masked_after"):
         layer = replace(layer, hide="where", sinks="none")
+    # Its mask is made from what the layers are told, not from a buffer.
+    if layer.span == "document" and layer.hide == "tril":
+        layer = replace(layer, hide="masked_fill")
+    if layer.scores in ("bmm", "transposed") and (layer.talking or layer.relative == "rows"):
+        layer = replace(layer, scores="matmul")
+    if layer.memory and layer.attend != "mha":
+        layer = replace(layer, memory=False)
     return _settled_places(layer, first)
 
 

@@ -14,12 +14,13 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Told(NamedTuple):
-    """What does not depend on the hidden states.
+    """What layers are told beside the hidden states.
 
     padding: int64 [B, S], 0 at padding. ids: int64 [B, S]. positions: [1 or B, S]. keys: bool [B, 1, 1, S], which keys
     may be seen. causal: bool [S, S], which keys the layer's span leaves. visible: bool [B, 1, S, S], both; None
-    for attention that is causal without a mask. bias: [1 or B, H, 1 or S, S] or None. rotary: phases, or None where
-    layers make them or there are none.
+    for attention that is causal without a mask. additive: the same, to be added to scores. bias: [1 or B, H, 1 or S, S]
+    or None. rotary: phases, or None where layers make them or there are none. extra: an embedding for this layer, or
+    None. content_bias: what the attention itself puts there, [B, H, 1, S] or [B, H, S, 1].
     """
 
     padding: Tensor
@@ -32,6 +33,7 @@ class Told(NamedTuple):
     bias: Tensor | None
     rotary: Pair | None
     extra: Tensor | None
+    content_bias: Tensor | None = None
 
 
 def to_grid(x: Tensor, layout: str, B: int, S: int) -> Tensor:
@@ -65,7 +67,10 @@ def join_heads(x: Tensor, layout: str) -> Tensor:
 
 def phases(kind: str, positions: Tensor, d: int, dtype: torch.dtype) -> Pair:
     """Cosines and sines [1 or B, 1, S, d]; for complex ones [1 or B, 1, S, d / 2]."""
-    rates = 100.0 ** (-torch.arange(0, d, 2, dtype=dtype) / d)
+    base = 100.0
+    if kind == "rotary_scaled":
+        base = base * (1 + positions.shape[-1] / 8)
+    rates = base ** (-torch.arange(0, d, 2, dtype=dtype) / d)
     angles = positions[:, None, :, None].to(dtype) * rates
     if kind == "rotary_pairs":
         angles = angles.repeat_interleave(2, -1)

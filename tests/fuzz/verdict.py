@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,10 @@ def judge(program: Program, hides: bool = True) -> Verdict:
         verdict.status, verdict.code = "refused", type(error).__name__
         verdict.reason = str(error)
     except Different as error:
+        verdict.status = "failed"
         verdict.code, verdict.reason = error.what, str(error)
     except Exception as error:
+        verdict.status = "broken" if verdict.status == "broken" else "failed"
         place = traceback.extract_tb(error.__traceback__)[-1]
         verdict.code = type(error).__name__
         verdict.reason = (
@@ -104,9 +106,12 @@ def _judge(model: Decoder, given: list[Batch], verdict: Verdict, hides: bool) ->
         if numbers is None:
             verdict.status = _compare_with_reference(model, batch, seen, tolerance)
             continue
-        compare(seen, run_oracle(model, batch, numbers, hides), tolerance, f"batch {number}")
+        wanted = run_oracle(model, batch, numbers, hides)
+        if not program.passes_unchanged:
+            seen, wanted = _at_active(seen, batch), _at_active(wanted, batch)
+        compare(seen, wanted, tolerance, f"batch {number}")
         verdict.status = "equal, some dense" if "dense" in verdict.kinds else "equal"
-        if "dense" not in verdict.kinds and not program.is_mixing and program.loss != "by_hand":
+        if "dense" not in verdict.kinds and not program.sees_ids:
             _check_elided_unseen(gated, batch, seen)
 
 
@@ -115,7 +120,7 @@ def gated_layers(program: Program, kinds: list[str]) -> frozenset[int] | None:
     count = len(program.layers) * program.loops
     if "dense" not in kinds:
         return frozenset(range(count))
-    if len(kinds) != count:
+    if len(kinds) != count or not program.passes_unchanged:
         return None
     return frozenset(index for index, kind in enumerate(kinds) if kind != "dense")
 
@@ -126,6 +131,10 @@ def _observe(gated: Any, batch: Batch) -> Outcome:
     out.loss.backward()
     logits = None if out.logits is None else out.logits.detach()
     return Outcome(out.loss.detach(), out.token_loss.detach(), out.counted, gradients(gated), logits)
+
+
+def _at_active(outcome: Outcome, batch: Batch) -> Outcome:
+    return replace(outcome, logits=None if outcome.logits is None else outcome.logits[batch.active])
 
 
 def _compare_with_reference(model: Decoder, batch: Batch, seen: Outcome, tolerance: float) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attention import seen_by_index
 from blocks import norm
 from layers import Block
 from mixing import LONGEST, Mix
 from program import Program
+from scores import seen_by_index
 from told import Pair, Told, from_grid, phases, to_grid
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint

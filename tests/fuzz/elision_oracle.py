@@ -29,13 +29,32 @@ def batches(program: Program) -> list[Batch]:
 
     B, S = number(2, 3), number(5, 9)
     others = [size for size in range(4, 11) if size != S]
-    return [
-        _batch(generator, B, S, program.padding, program),
-        _batch(generator, 5 - B, others[number(0, len(others) - 1)], "left", program),
+    found = [
+        _batch(generator, B, S, program.padding),
+        _batch(generator, 5 - B, others[number(0, len(others) - 1)], "left"),
     ]
+    found[1] = _edged(found[1], program.second)
+    if program.labels_are_ids:
+        found = [replace(batch, labels=batch.input_ids) for batch in found]
+    return found
 
 
-def _batch(generator: torch.Generator, B: int, S: int, padding: str, program: Program) -> Batch:
+def _edged(batch: Batch, kind: str) -> Batch:
+    """The batch, or one with sizes of one, for which there are traces of their own."""
+    if kind == "one_sample":
+        fields = (batch.input_ids, batch.attention_mask, batch.labels, batch.token_mask)
+        return Batch(*(None if value is None else value[:1] for value in fields))
+    mask = torch.zeros_like(batch.token_mask)
+    if kind == "all":
+        mask[:] = True
+    elif kind == "one_each":
+        mask[:, -2] = True
+    elif kind == "one":
+        mask[0, -2] = True
+    return batch if kind == "some" else replace(batch, token_mask=mask)
+
+
+def _batch(generator: torch.Generator, B: int, S: int, padding: str) -> Batch:
     index = torch.arange(S).expand(B, S)
     lengths = torch.randint(S // 2 + 1, S + 1, (B, 1), generator=generator)
     lengths[0] = S
@@ -49,7 +68,7 @@ def _batch(generator: torch.Generator, B: int, S: int, padding: str, program: Pr
     if torch.rand((), generator=generator) < 0.1:
         mask[-1] = False  # a sample of which nothing is computed
     mask[0, S - 2 :] = True
-    labels[0, S - 1] = 3
+    labels[0, S - 2 :] = 3
     return Batch(
         input_ids=ids.masked_fill(~real, PAD),
         attention_mask=None if padding == "none" else real.long(),

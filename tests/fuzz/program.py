@@ -37,6 +37,7 @@ class Layer:
     values: str = "own"
     relative: str = "none"
     content_bias: str = "none"
+    temper: str = "none"
     talking: bool = False
     twice: str = "none"
     read: str = "none"
@@ -78,6 +79,8 @@ class Program:
     rotary_made: str = "outside"
     mask_by: str = "compare"
     additive_by: str = "where"
+    second: str = "some"
+    labels_are_ids: bool = False
     lowest: str = "finfo"
     padding: str = "right"
     layout: str = "grid"
@@ -189,7 +192,7 @@ def _settled(layer: Layer, first: Layer | None, program: Program) -> Layer:
     if biased and layer.attend not in WITH_BIAS:
         layer = replace(layer, attend="sdpa")
     if layer.attend in KERNELS:
-        layer = replace(layer, talking=False, twice="none", read="none")
+        layer = replace(layer, temper="none", talking=False, twice="none", read="none")
         layer = replace(layer, relative="none" if layer.relative == "rows" else layer.relative)
         layer = replace(layer, scores="matmul", hide="add", softmax="softmax", cap=False, sinks="none")
     elif layer.groups == "enable_gqa":
@@ -229,10 +232,14 @@ def _settled_places(layer: Layer, first: Layer | None) -> Layer:
         layer = replace(layer, mix_at="mlp")
     if layer.odd == "none":
         layer = replace(layer, odd_at="mlp")
-    lends = first is not None and _lends(first) and (first.groups == "all") == (layer.groups == "all")
+    lends = first is not None and _lends(first) and _heads_of_keys(first) == _heads_of_keys(layer)
     if not lends or not attends:
         layer = replace(layer, values="own")
     return layer
+
+
+def _heads_of_keys(layer: Layer) -> str:
+    return layer.groups if layer.groups in ("all", "single") else "half"
 
 
 def _lends(layer: Layer) -> bool:

@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the first; the others follow")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--results", type=Path, help="where to write totals; RESULTS.md is for full runs")
+    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md", help="where to write totals")
     parser.add_argument("--program", type=json.loads, help="judge this one, as JSON")
     parser.add_argument("--worker", type=int, nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -162,8 +162,7 @@ def main() -> None:
     for status, count in Counter(row["status"] for row in rows).most_common():
         print(f"{count:6} {status}")
     command = f"python tests/fuzz/run.py --programs {arguments.programs} --seed {arguments.seed}"
-    if arguments.results is not None:
-        write(rows, command, time.perf_counter() - started, arguments.jobs, arguments.results)
+    write(rows, command, time.perf_counter() - started, arguments.jobs, arguments.results)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ def phases(kind: str, positions: Tensor, d: int, dtype: torch.dtype) -> Pair:
     base = 100.0
     if kind == "rotary_scaled":
         base = base * (1 + positions.shape[-1] / 8)
+    if kind == "rotary_partial":
+        d = d // 2
     rates = base ** (-torch.arange(0, d, 2, dtype=dtype) / d)
     angles = positions[:, None, :, None].to(dtype) * rates
     if kind == "rotary_pairs":

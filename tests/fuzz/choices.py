@@ -98,6 +98,7 @@ DECODER: dict[str, Weights] = {
     },
     "before": MIXING | {"none": 800},
     "after": MIXING | {"none": 800},
+    "scope": {"model": 8, "layers": 1},
     "checkpoint": {False: 7, True: 1},
     "float32": {False: 4, True: 1},
     "keep_logits": {False: 4, True: 1},

@@ -96,6 +96,7 @@ class Program:
     loss: str = "pad_labels"
     before: str = "none"
     after: str = "none"
+    scope: str = "model"
     checkpoint: bool = False
     float32: bool = False
     keep_logits: bool = False

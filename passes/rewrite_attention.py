@@ -15,6 +15,7 @@ from regate_fx.passes.contractions import operands_of, with_operand, zeroed
 from regate_fx.passes.layouts import Layout
 from regate_fx.passes.rules import Operands
 from regate_fx.passes.rules_math import MASKABLE
+from regate_fx.passes.shared_heads import before_repeat
 
 if TYPE_CHECKING:
     from regate_fx.passes.elide import Rewriter
@@ -27,8 +28,8 @@ def emit_kernel(rewriter: Rewriter, node: fx.Node) -> fx.Node:
     op = Operands(node, rewriter.analysis.axes, rewriter.symbols)
     emit, layouts = rewriter.emit, rewriter.layouts
     query, key, value = (
-        _as_autocast(rewriter, node, rewriter.value(op[name], Layout.PACKED))
-        for name in ("query", "key", "value")
+        _as_autocast(rewriter, node, rewriter.value(operand, Layout.PACKED))
+        for operand in (op["query"], *before_repeat(op["key"], op["value"]))
     )
     proof = rewriter.masks[node]
     mask = _dense_mask(rewriter, op) if proof.explicit else None

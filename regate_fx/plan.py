@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from regate_fx.errors import InvalidInput
@@ -88,27 +89,20 @@ def make_plan(
             "no position of the batch is active.",
             "Keep at least one position that attention_mask does not mark as padding.",
         )
-    device = active.device
     rows = active.flatten().nonzero_static(size=N).squeeze(1)
-    ends = counts.cumsum(0)
-    cu_seqlens = torch.zeros(B + 1, dtype=torch.int32, device=device)
-    cu_seqlens[1:] = ends
-    packed = torch.arange(N, device=device)
-    row_of = torch.full((B * S,), -1, dtype=torch.int64, device=device)
-    row_of[rows] = packed
-    sample = rows // S
-    row_slots = sample * L + packed - (ends - counts)[sample]
-    slot_rows = torch.full((B * L,), -1, dtype=torch.int64, device=device)
-    slot_rows[row_slots] = packed
-    return TokenPlan(rows, row_of.view(B, S), cu_seqlens, slot_rows.view(B, L), row_slots)
+    row_of = torch.where(active, active.flatten().cumsum(0).view(B, S) - 1, -1)
+    cu_seqlens = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    slots = torch.arange(L, device=active.device)
+    is_filled = slots < counts[:, None]
+    slot_rows = torch.where(is_filled, cu_seqlens[:-1, None] + slots, -1)
+    row_slots = is_filled.flatten().nonzero_static(size=N).squeeze(1)
+    return TokenPlan(rows, row_of, cu_seqlens, slot_rows, row_slots)
 
 
 def _measure(counts: Tensor) -> tuple[int, int]:
     """N and L of active positions per sample (int64 [B]), in one transfer."""
-    if len(counts) == 0:
-        return 0, 0
-    N, L = torch.stack([counts.sum(), counts.max()]).tolist()
-    return N, L
+    found = counts.tolist()
+    return sum(found), max(found, default=0)
 
 
 def _asserted(sizes: tuple[int, int], counts: Tensor) -> tuple[int, int]:

@@ -240,6 +240,15 @@ def test_compiles_once_for_every_number_of_rows(backend: str, case: Case) -> Non
     assert counter.frame_count == 1
 
 
+def test_a_second_derivative_is_refused() -> None:
+    batch = Batch(Case(), torch.float32)
+    leaves = batch.leaves()
+    out, _ = varlen_attention(*leaves, *batch.rest())
+    (grad,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_refuses_what_it_cannot_mean() -> None:
     batch = Batch(Case(heads=(4, 3)), torch.float32)
     with pytest.raises(InvalidInput, match="4 query heads"):

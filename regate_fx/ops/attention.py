@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from regate_fx.errors import InvalidInput, Unsupported
 from regate_fx.ops import attention_cpu, attention_cuda
@@ -29,14 +30,44 @@ _BACKWARD_SCHEMA = (
 )
 
 
-@torch.library.custom_op(
-    "regate_fx::varlen_attention",
-    mutates_args=(),
-    schema=_SCHEMA,
-    device_types="cpu",
-    tags=(torch.Tag.flexible_layout,),
-)
-def varlen_attention(
+# Defined bare: `custom_op` would add a check for aliases and a layer of autograd to each of the many calls of a step.
+for _name, _schema in (("varlen_attention", _SCHEMA), ("varlen_attention_backward", _BACKWARD_SCHEMA)):
+    torch.library.define(
+        f"regate_fx::{_name}", _schema, tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
+    )
+
+varlen_attention = torch.ops.regate_fx.varlen_attention.default
+"""Attention of every packed row to the packed rows of its own sample.
+
+q:          floating [1, Hq, N, d], k: [1, Hk, N, d], v: [1, Hk, N, dv]; one dtype, any strides. Query
+            head h reads key head `h // (Hq // Hk)`.
+cu_seqlens: int32 [B+1], the packed row at which each sample starts; a sample may be empty.
+max_seqlen: the most rows of a sample.
+positions:  int64 [N], the original position of every packed row, ascending inside a sample.
+mask:       None, or bool (True: may see) or floating (added to the scores) [Bm, Hm, S, S] over original
+            positions, Bm in {1, B}, Hm in {1, Hq}; read at the active pairs only. Excludes causal and
+            window.
+causal:     a query sees keys at its own position or before.
+window:     W > 0: a query sees keys at original positions after `query - W` only; 0: no limit.
+dropout_p:  probability that an attention weight is dropped, the others growing by 1 / (1 - p); `seed`,
+            int64 [1], decides which, so that equal arguments give equal results in a recomputation.
+
+Returns out [1, Hq, N, dv], whose transpose(1, 2) is contiguous, and lse [Hq, N], the logsumexp of each
+query's scores: float32, float64 for float64 queries. lse serves the backward only and has no gradient.
+A query that sees no key gets zeros. Differentiable once, in q, k and v. Raises `InvalidInput` for heads
+that do not divide, a mask beside causal or window, and dropout without a seed; `Unsupported` for a mask
+that requires grad and for what `supported` names.
+"""
+
+varlen_attention_backward = torch.ops.regate_fx.varlen_attention_backward.default
+"""Return the gradients of q, k and v, each with a contiguous transpose(1, 2).
+
+grad_out [1, Hq, N, dv]; out and lse as `varlen_attention` returned them, the rest as it took them.
+"""
+
+
+@torch.library.impl("regate_fx::varlen_attention", "CPU")
+def _forward_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -50,27 +81,6 @@ def varlen_attention(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every packed row to the packed rows of its own sample.
-
-    q:          floating [1, Hq, N, d], k: [1, Hk, N, d], v: [1, Hk, N, dv]; one dtype, any strides. Query
-                head h reads key head `h // (Hq // Hk)`.
-    cu_seqlens: int32 [B+1], the packed row at which each sample starts; a sample may be empty.
-    max_seqlen: the most rows of a sample.
-    positions:  int64 [N], the original position of every packed row, ascending inside a sample.
-    mask:       None, or bool (True: may see) or floating (added to the scores) [Bm, Hm, S, S] over original
-                positions, Bm in {1, B}, Hm in {1, Hq}; read at the active pairs only. Excludes causal and
-                window.
-    causal:     a query sees keys at its own position or before.
-    window:     W > 0: a query sees keys at original positions after `query - W` only; 0: no limit.
-    dropout_p:  probability that an attention weight is dropped, the others growing by 1 / (1 - p); `seed`,
-                int64 [1], decides which, so that equal arguments give equal results in a recomputation.
-
-    Returns out [1, Hq, N, dv], whose transpose(1, 2) is contiguous, and lse [Hq, N], the logsumexp of each
-    query's scores: float32, float64 for float64 queries. lse serves the backward only and has no gradient.
-    A query that sees no key gets zeros. Differentiable once, in q, k and v. Raises `InvalidInput` for heads
-    that do not divide, a mask beside causal or window, and dropout without a seed; `Unsupported` for a mask
-    that requires grad and for what `supported` names.
-    """
     if q.shape[1] % k.shape[1]:
         problem = f"{q.shape[1]} query heads do not divide among {k.shape[1]} key heads."
         raise InvalidInput("q", problem, "Use a multiple of the key heads.")
@@ -80,14 +90,8 @@ def varlen_attention(
     return attention_cpu.forward(q, k, v, cu_seqlens, sees, scale, dropout_p, _seed(dropout_p, seed))
 
 
-@torch.library.custom_op(
-    "regate_fx::varlen_attention_backward",
-    mutates_args=(),
-    schema=_BACKWARD_SCHEMA,
-    device_types="cpu",
-    tags=(torch.Tag.flexible_layout,),
-)
-def varlen_attention_backward(
+@torch.library.impl("regate_fx::varlen_attention_backward", "CPU")
+def _backward_cpu(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -104,10 +108,6 @@ def varlen_attention_backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v, each with a contiguous transpose(1, 2).
-
-    grad_out [1, Hq, N, dv]; out and lse as `varlen_attention` returned them, the rest as it took them.
-    """
     sees = Visibility(positions, mask, causal, window)
     return attention_cpu.backward(
         grad_out, q, k, v, out, lse, cu_seqlens, sees, scale, dropout_p, _seed(dropout_p, seed)
@@ -122,7 +122,7 @@ def _seed(dropout_p: float, seed: Tensor | None) -> int:
     return int(seed)
 
 
-@varlen_attention.register_kernel("cuda")
+@torch.library.impl("regate_fx::varlen_attention", "CUDA")
 def _forward_cuda(
     q: Tensor,
     k: Tensor,
@@ -143,7 +143,7 @@ def _forward_cuda(
     return attention_cuda.forward(q, k, v, cu_seqlens, max_seqlen, causal, scale)
 
 
-@varlen_attention_backward.register_kernel("cuda")
+@torch.library.impl("regate_fx::varlen_attention_backward", "CUDA")
 def _backward_cuda(
     grad_out: Tensor,
     q: Tensor,
@@ -169,13 +169,18 @@ def _packed(like: Tensor, width: Any) -> Tensor:
     return like.new_empty(1, like.shape[2], like.shape[1], width).transpose(1, 2)
 
 
-@varlen_attention.register_fake
+@torch.library.register_fake("regate_fx::varlen_attention")
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    heads, rows = q.shape[1], q.shape[2]
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    return _packed(q, v.shape[-1]), q.new_empty(q.shape[1], q.shape[2], dtype=lse_dtype)
+    if q.device.type == "cpu":
+        lse = q.new_empty(rows, heads, dtype=lse_dtype).t()  # as the kernel leaves it
+    else:
+        lse = q.new_empty(heads, rows, dtype=lse_dtype)
+    return _packed(q, v.shape[-1]), lse
 
 
-@varlen_attention_backward.register_fake
+@torch.library.register_fake("regate_fx::varlen_attention_backward")
 def _backward_fake(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,6 +200,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.rest = rest
 
 
+@once_differentiable
 def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, cu_seqlens, positions, mask, seed = ctx.saved_tensors
     grads = varlen_attention_backward(
@@ -203,4 +209,4 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     return (*grads, *(None,) * 9)
 
 
-varlen_attention.register_autograd(_autograd, setup_context=_setup_context)
+torch.library.register_autograd("regate_fx::varlen_attention", _autograd, setup_context=_setup_context)

@@ -7,8 +7,8 @@ Hk key heads, Hm heads of a mask, d width of a query and key, dv width of a valu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import groupby, pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,7 @@ from regate_fx.ops import attention_explicit, attention_flash_cpu
 _LSE_FLOOR = -1e3
 
 
-@dataclass(frozen=True)
-class Visibility:
+class Visibility(NamedTuple):
     """Which keys a query sees: the arguments of the operator that decide it."""
 
     positions: Tensor
@@ -31,8 +30,7 @@ class Visibility:
     window: int
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """`count` samples of `length` rows each, from packed row `start` on.
 
     bias: added to the scores of a single sample, [1, 1 or Hm, T, T], or None.
@@ -66,24 +64,22 @@ def forward(
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Return out [1, Hq, N, dv] and lse [Hq, N] as `regate_fx::varlen_attention` describes them."""
-    width = max(q.shape[-1], v.shape[-1])
-    q, k, padded_v = (_to_width(t, width) for t in (q, k, v))
-    draws = attention_explicit.Dropout(dropout_p, seed)
-    single = dropout_p > 0 or attention_flash_cpu.must_split(q.shape[1], k.shape[1])
+    dv = v.shape[-1]
+    width = max(q.shape[-1], dv)
+    q, k, v = _to_width(q, width), _to_width(k, width), _to_width(v, width)
+    draws = attention_explicit.Dropout(dropout_p, seed) if dropout_p > 0 else None
+    single = draws is not None or attention_flash_cpu.must_split(q.shape[1], k.shape[1])
     outs, lses = [], []
     for block in _blocks(cu_seqlens, sees, q.dtype, single):
-        block_q, block_k, block_v = block.of(q), block.of(k), block.of(padded_v)
-        if dropout_p > 0:
-            out, lse = attention_explicit.forward(
-                block_q, block_k, block_v, block.bias, sees.causal, scale, draws
-            )
+        qkv, bias = (block.of(q), block.of(k), block.of(v)), block.bias
+        if draws is None:
+            out, lse = attention_flash_cpu.forward(*qkv, bias, sees.causal, scale)
         else:
-            out, lse = attention_flash_cpu.forward(block_q, block_k, block_v, block.bias, sees.causal, scale)
-        outs.append(_pack(out, v.shape[-1]))
-        lses.append(lse.transpose(0, 1).flatten(1))
-    return _join(outs, q, v.shape[-1]), torch.cat(lses, 1) if lses else q.new_empty(
-        q.shape[1], 0, dtype=_wide(q)
-    )
+            out, lse = attention_explicit.forward(*qkv, bias, sees.causal, scale, draws)
+        outs.append(_pack(out, dv))
+        lses.append(lse.transpose(1, 2).flatten(0, 1))
+    rows = _join(lses) if lses else q.new_empty(0, q.shape[1], dtype=_wide(q))
+    return _by_head(outs, q, dv), rows.t()
 
 
 def backward(
@@ -102,38 +98,37 @@ def backward(
     """Return the gradients of q, k and v, each [1, H, N, w] with a contiguous transpose(1, 2)."""
     d, dv = q.shape[-1], v.shape[-1]
     grad_out, q, k, v, out = (_to_width(t, max(d, dv)) for t in (grad_out, q, k, v, out))
-    lse_rows = lse[None, :, :, None]
-    draws = attention_explicit.Dropout(dropout_p, seed)
-    single = dropout_p > 0 or attention_flash_cpu.must_split(q.shape[1], k.shape[1])
+    lse_rows = lse.unsqueeze(0).unsqueeze(3)
+    draws = attention_explicit.Dropout(dropout_p, seed) if dropout_p > 0 else None
+    single = draws is not None or attention_flash_cpu.must_split(q.shape[1], k.shape[1])
     grads: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for block in _blocks(cu_seqlens, sees, q.dtype, single):
-        block_grad, block_q, block_k, block_v = (block.of(t) for t in (grad_out, q, k, v))
-        block_lse = block.of(lse_rows).squeeze(-1)
-        if dropout_p > 0 or (sees.mask is not None and bool((block_lse < _LSE_FLOOR).any())):
-            parts = attention_explicit.backward(
-                block_grad, block_q, block_k, block_v, block.bias, sees.causal, scale, draws
-            )
+        given, bias = (block.of(grad_out), block.of(q), block.of(k), block.of(v)), block.bias
+        block_lse = block.of(lse_rows).squeeze(3)
+        if draws is None and not (sees.mask is not None and bool((block_lse < _LSE_FLOOR).any())):
+            found = block.of(out), block_lse
+            parts = attention_flash_cpu.backward(*given, *found, bias, sees.causal, scale)
         else:
-            parts = attention_flash_cpu.backward(
-                *(block_grad, block_q, block_k, block_v, block.of(out), block_lse),
-                *(block.bias, sees.causal, scale),
-            )
+            again = draws or attention_explicit.Dropout(0.0, seed)
+            parts = attention_explicit.backward(*given, bias, sees.causal, scale, again)
         for packed, part, width in zip(grads, parts, (d, d, dv), strict=True):
             packed.append(_pack(part, width))
-    return _join(grads[0], q, d), _join(grads[1], k, d), _join(grads[2], v, dv)
+    return _by_head(grads[0], q, d), _by_head(grads[1], k, d), _by_head(grads[2], v, dv)
 
 
 def _blocks(cu_seqlens: Tensor, sees: Visibility, dtype: torch.dtype, single: bool) -> Iterator[Block]:
     """Yield the blocks of the non-empty samples in packed order; one sample a block where a bias differs."""
     bounds = cu_seqlens.tolist()
-    spans = [(b, lo, hi - lo) for b, (lo, hi) in enumerate(pairwise(bounds)) if hi > lo]
     if sees.mask is not None or sees.window or single:
-        for b, start, length in spans:
-            yield Block(start, 1, length, _bias(sees, b, start, length, dtype))
+        for b, (start, end) in enumerate(pairwise(bounds)):
+            if end > start:
+                yield Block(start, 1, end - start, _bias(sees, b, start, end - start, dtype))
         return
-    for length, run in groupby(spans, key=lambda span: span[2]):
-        samples = list(run)
-        yield Block(samples[0][1], len(samples), length, None)
+    start = 0
+    for length, run in groupby(end - begin for begin, end in pairwise(bounds) if end > begin):
+        count = len(list(run))
+        yield Block(start, count, length, None)
+        start += count * length
 
 
 def _bias(sees: Visibility, sample: int, start: int, length: int, dtype: torch.dtype) -> Tensor | None:
@@ -176,12 +171,15 @@ def _pack(block: Tensor, width: int) -> Tensor:
     return narrow.transpose(1, 2).flatten(0, 1)
 
 
-def _join(parts: list[Tensor], like: Tensor, width: int) -> Tensor:
-    """Concatenate packed rows into [1, H, N, width] whose transpose(1, 2) is contiguous."""
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+
+def _by_head(parts: list[Tensor], like: Tensor, width: int) -> Tensor:
+    """Concatenate packed rows [.., H, width] into [1, H, N, width] whose transpose(1, 2) is contiguous."""
     if not parts:
         return like.new_empty(1, 0, like.shape[1], width).transpose(1, 2)
-    rows = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
-    return rows[None].transpose(1, 2)
+    return _join(parts).unsqueeze(0).transpose(1, 2)
 
 
 def _wide(q: Tensor) -> torch.dtype:

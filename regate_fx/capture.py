@@ -9,7 +9,7 @@ import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -168,9 +168,13 @@ class CapturedModel:
         return self._runs[names]
 
     @functools.cached_property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        return own_signature(self.model).parameters
+
+    @functools.cached_property
     def _no_cache(self) -> dict[str, Any]:
         """A gated call has no cache: what it computed of a sequence is not what a later call would need."""
-        parameters = own_signature(self.model).parameters.values()
+        parameters = self._parameters.values()
         takes = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         return {"use_cache": False} if takes else {}
 
@@ -179,8 +183,7 @@ class CapturedModel:
 
         Without mask and positions, models look for packed documents in positions they have just made themselves.
         """
-        named = own_signature(self.model).parameters
-        if "attention_mask" not in named or "position_ids" in inputs or "attention_mask" in inputs:
+        if "attention_mask" not in self._parameters or "position_ids" in inputs or "attention_mask" in inputs:
             return inputs
         return inputs | {"attention_mask": torch.ones_like(plan.row_of)}
 

@@ -31,13 +31,13 @@ class Visibility(NamedTuple):
 
 
 class Block(NamedTuple):
-    """`count` samples of `length` rows each, from packed row `start` on.
+    """`samples` samples of `length` rows each, from packed row `start` on.
 
     bias: added to the scores of a single sample, [1, 1 or Hm, T, T], or None.
     """
 
     start: int
-    count: int
+    samples: int
     length: int
     bias: Tensor | None
 
@@ -47,7 +47,7 @@ class Block(NamedTuple):
         _, per_head, per_row, per_value = rows.stride()
         # One call instead of narrow, unflatten and transpose: short samples are bound by the number of calls.
         return rows.as_strided(
-            (self.count, heads, self.length, width),
+            (self.samples, heads, self.length, width),
             (self.length * per_row, per_head, per_row, per_value),
             rows.storage_offset() + self.start * per_row,
         )
@@ -126,9 +126,9 @@ def _blocks(cu_seqlens: Tensor, sees: Visibility, dtype: torch.dtype, single: bo
         return
     start = 0
     for length, run in groupby(end - begin for begin, end in pairwise(bounds) if end > begin):
-        count = len(list(run))
-        yield Block(start, count, length, None)
-        start += count * length
+        samples = len(list(run))
+        yield Block(start, samples, length, None)
+        start += samples * length
 
 
 def _bias(sees: Visibility, sample: int, start: int, length: int, dtype: torch.dtype) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from captured import calls, operators, run_until
 from gating import assert_all_active_is_eager, assert_is_key_masked, gate
-from small_decoder import D, Block, batch, decoder, merge_heads, some_active
+from small_decoder import Block, D, batch, decoder, merge_heads, some_active
 from test_elide import Loss
 from torch import Tensor, nn
 

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import sympy
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import FloorDiv
 
 from regate_fx.passes.base import Refused
@@ -169,8 +170,20 @@ class TokenSymbols:
                     dim.append(token)
                     rest = quotient
         if self.mentions(rest):
+            # `max(0, longest - S)` left out of a table of `longest` positions: S by a guard of the capture.
+            if (guarded := self._guarded_to_be(size)) is not None:
+                return (guarded,)
             raise Refused("axis", f"a dimension of size {expr} is no multiple of the token axes")
         return canonical((*dim, int(rest) if rest.is_Integer else rest))
+
+    def _guarded_to_be(self, size: torch.SymInt) -> Token | None:
+        """The token axis whose size the capture's guards make equal to `size`."""
+        for token, symbol in ((Token.B, self.batch), (Token.S, self.length)):
+            if symbol.free_symbols:
+                axis = size.node.shape_env.create_symintnode(symbol, hint=None)
+                if statically_known_true(size == axis):
+                    return token
+        return None
 
     def axes_of_shape(self, shape: Sequence[Any]) -> Axes:
         return Axes(tuple(self.dim_of_size(size) for size in shape))

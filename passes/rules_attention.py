@@ -1,14 +1,10 @@
-"""Rules for attention operators, the loss and `autograd.Function`."""
+"""Rules for attention operators and the loss."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import fx
-
 from regate_fx.passes.axes import Axes, Dim, Token, has_token, merge
-from regate_fx.passes.base import Refused, fake
 from regate_fx.passes.rules import Kind, Operands, Verdict, rule
 
 
@@ -53,65 +49,3 @@ def _cross_entropy(op: Operands) -> Verdict:
             "loss", "returns losses per token, to be averaged by code that does not know which count"
         )
     return Verdict(Axes((), aggregate=True), Kind.LOSS)
-
-
-@rule("autograd_function_apply")
-def _function(op: Operands) -> Verdict:
-    """An `autograd.Function` whose forward and backward treat every token row by itself."""
-    module = op.node.graph.owning_module
-    bodies = [getattr(module, str(body.target)) for body in op.node.args[:2]]
-    operands = op.node.args[2:]
-    known = [op.axes(operand) if _is_tensor(operand) else None for operand in operands]
-    outputs, saved = _body_axes(op, bodies[0], known)
-    gradients, _ = _body_axes(op, bodies[1], [*outputs, *saved], flat=True)
-    for axes, gradient in zip(known, gradients, strict=True):
-        if axes is not None and gradient is not None and gradient.dims != axes.dims:
-            raise op.refuse("function", "has a backward whose gradients do not have the axes of its inputs")
-    result = [axes for axes in outputs if axes is not None]
-    single = isinstance(fake(op.node), torch.Tensor)
-    return Verdict(result[0] if single else tuple(result))
-
-
-def _is_tensor(operand: object) -> bool:
-    return isinstance(operand, fx.Node) and isinstance(fake(operand), torch.Tensor)
-
-
-def _body_axes(
-    op: Operands, body: fx.GraphModule, known: list[Axes | None], flat: bool = False
-) -> tuple[list[Axes | None], list[Axes | None]]:
-    """Follow axes through a Dynamo-level body made of elementwise operators; sizes may only pass through."""
-    placeholders = body.graph.find_nodes(op="placeholder")
-    env: dict[fx.Node, Axes | None] = dict(zip(placeholders, known, strict=True))
-    for node in body.graph.nodes:
-        if node.op == "placeholder" or node.target is torch._C._set_grad_enabled:
-            continue
-        if node.op == "output":
-            if flat:
-                return [_lookup(env, value) for value in node.args[0]], []
-            outputs, saved = node.args[0]
-            outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-            return [_lookup(env, value) for value in outputs], [_lookup(env, value) for value in saved]
-        operands = [env[source] for source in node.all_input_nodes]
-        if not _is_elementwise(node) or any(axes is None for axes in operands):
-            raise Refused(
-                "function",
-                f"an autograd.Function runs {node.name}, which is not elementwise on tensors",
-                op.node,
-            )
-        env[node] = Axes(merge([axes for axes in operands if axes is not None], node.name))
-    raise AssertionError("a graph without output")
-
-
-def _lookup(env: dict[fx.Node, Axes | None], value: object) -> Axes | None:
-    return env[value] if isinstance(value, fx.Node) else None
-
-
-def _is_elementwise(node: fx.Node) -> bool:
-    """Whether a torch-level call is elementwise, by the ATen operator of the same name."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    packet = getattr(torch.ops.aten, {"truediv": "div"}.get(name, name), None)
-    if packet is None:
-        return False
-    # An operator of that name over tensors; `default` of some is an overload over plain numbers.
-    overloads = [getattr(packet, name) for name in ("Tensor", "default") if name in packet.overloads()]
-    return bool(overloads) and torch.Tag.pointwise in overloads[0].tags

@@ -136,7 +136,7 @@ def _getitem(op: Operands) -> Verdict:
     return Verdict(axes, kind_of(axes))
 
 
-@rule("aten.cat", "aten.stack")
+@rule("aten.cat", "aten.concat", "aten.concatenate", "aten.stack")
 def _join(op: Operands) -> Verdict:
     rank = len(op.shape)
     dim = op["dim"] % rank

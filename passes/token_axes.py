@@ -7,6 +7,8 @@ but no gated layer may contain it.
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import sympy
@@ -17,6 +19,8 @@ from torch import fx
 from regate_fx.passes import rules_attention, rules_index, rules_math, rules_shape  # noqa: F401
 from regate_fx.passes.axes import NO_AXES, Axes, Cut, Meaning, TokenSymbols, size_expr
 from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_tensors, operator_name
+from regate_fx.passes.function_axes import function_verdict
+from regate_fx.passes.functions import FUNCTION_APPLY
 from regate_fx.passes.plan_nodes import ANCHOR
 from regate_fx.passes.rules import RULES, Kind, Operands, Result, Verdict
 from regate_fx.passes.rules_math import elementwise
@@ -82,6 +86,16 @@ def _axes_by_size(value: object, symbols: TokenSymbols) -> Result:
     )
 
 
+def _analyse_body(gm: fx.GraphModule, known: Sequence[Axes], symbols: TokenSymbols) -> TokenAxes:
+    """The analysis of a graph within the graph, whose placeholders have known axes."""
+    analysis = TokenAxes(symbols)
+    analysis.axes.update(zip(gm.graph.find_nodes(op="placeholder"), known, strict=True))
+    for node in gm.graph.nodes:
+        if node.op != "placeholder":
+            _analyse(node, analysis)
+    return analysis
+
+
 def _verdict(node: fx.Node, analysis: TokenAxes) -> Verdict:
     if node.op in ("placeholder", "get_attr") or node.target is ANCHOR:
         return Verdict(_axes_by_size(fake(node), analysis.symbols))
@@ -90,6 +104,8 @@ def _verdict(node: fx.Node, analysis: TokenAxes) -> Verdict:
             raise Refused("axis", f"the axes of {source.name} are not known", node)
     operands = Operands(node, analysis.axes, analysis.symbols)
     name = operator_name(node)
+    if node.target is FUNCTION_APPLY:
+        return function_verdict(operands, functools.partial(_analyse_body, symbols=analysis.symbols))
     tokens = [source for source in operands.tensors() if analysis.of(source).has_tokens]
     if any(_has_cut(analysis.of(source)) for source in tokens):
         return _on_cut(operands, name)

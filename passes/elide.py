@@ -176,6 +176,8 @@ class Rewriter:
             return self._computed(node, fx.map_arg(node.args, lambda arg: self.symint(arg, layout)))
         if node.target is aten.sym_size.int:
             return self._size_of(node, layout)
+        if node.target is aten.sym_numel.default:
+            return self.emit.call(node.target, self.value(node.args[0], layout))
         raise Refused("size", f"a size {expr} cannot be made anew for the active rows", node)
 
     def _computed(self, node: fx.Node, operands: tuple[Any, ...]) -> Any:

@@ -15,6 +15,7 @@ from torch import fx
 
 from regate_fx.passes.base import PassContext, PassResult, Refused, operator_name, reads_number
 from regate_fx.passes.casts import pin_casts, release_casts
+from regate_fx.passes.detached_writes import part_detached
 from regate_fx.passes.dropouts import free_dropouts
 from regate_fx.passes.functional_trace import functional_trace
 from regate_fx.passes.functions import FUNCTION_APPLY, shield, unshield
@@ -30,9 +31,9 @@ class Functionalize:
     """Dynamo graph in, functional ATen graph out: the same placeholders, the same outputs in the same order.
 
     Cures what normalisation itself would break: an `autograd.Function` keeps its own backward (the node is carried
-    through whole), what dropout returns may be written to, writes to inputs are appended again as `copy_`, the
-    functional `aten.copy` (which has no derivative) becomes a cast and expand of its source, and dtype asserts, which
-    contradict in-graph autocast, are dropped. Any other higher-order operator is refused.
+    through whole), what dropout returns and what was detached may be written to, writes to inputs are appended again as
+    `copy_`, the functional `aten.copy` (which has no derivative) becomes a cast and expand of its source, and dtype
+    asserts, which contradict in-graph autocast, are dropped. Any other higher-order operator is refused.
     """
 
     name: str = "functionalize"
@@ -42,6 +43,7 @@ class Functionalize:
         expand_vmaps(gm)
         _refuse_higher_order(gm)
         refuse_writes_without_grad(gm)
+        part_detached(gm)
         shielded = shield(gm)
         free_dropouts(gm)
         pin_casts(gm)

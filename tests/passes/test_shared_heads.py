@@ -81,11 +81,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("padded", [False, True])
-def test_heads_that_the_operator_is_given(name: str, padded: bool) -> None:
+def test_heads_that_the_operator_is_given(name: str) -> None:
     keys, values, heads = CASES[name]
     model = grouped(keys, values)
-    run = run_until("remove_unused", Loss(model), batch(padded=padded), some_active())
+    run = run_until("remove_unused", Loss(model), batch(padded=True), some_active())
     attentions = calls(run.graph_module, "regate_fx.varlen_attention")
     given = [[n.meta["val"].shape[1] for n in node.args[:3]] for node in attentions]
     assert given == [[2, 2, 2], [K * G, heads, heads]] * 2

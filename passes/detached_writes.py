@@ -14,6 +14,8 @@ from torch import fx
 from regate_fx.passes.base import Refused
 from regate_fx.passes.in_place import storage, targets, writes
 
+_DETACHES = ("detach", "detach.default", "_get_data_attr")  # the last is `.data`
+
 
 def part_detached(gm: fx.GraphModule) -> int:
     """Give a detached value that is written to with gradients memory of its own; returns how many.
@@ -61,7 +63,7 @@ def _writes(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
 def _detached(node: fx.Node | None) -> fx.Node | None:
     """The detach that a value is a view of."""
     while node is not None:
-        if getattr(node.target, "__name__", node.target) in ("detach", "detach.default"):
+        if getattr(node.target, "__name__", node.target) in _DETACHES:
             return node
         here = storage(node)
         node = next((source for source in node.all_input_nodes if storage(source) == here), None)

@@ -305,7 +305,7 @@ def _start(node: fx.Node, stream: list[fx.Node], behind: _Behind, floor: int) ->
         return None
     last = outside = behind[node] - 1
     module = _numbered_module(node)
-    while module is not None and outside >= floor and module in _numbered_modules(stream[outside]):
+    while module is not None and outside >= floor and module in numbered_modules(stream[outside]):
         outside -= 1
     return stream[outside if outside >= floor else last]
 
@@ -327,8 +327,8 @@ def _end_last_layer(stack: DecoderStack, stream: list[fx.Node]) -> None:
     first = stream.index(last.start)
     behind = stream[first + 1 :]
     mixer = last.attentions[-1].nodes[0] if last.attentions else last.anchor
-    for module in reversed(_numbered_modules(mixer)):
-        if members := [vertex for vertex in behind if module in _numbered_modules(vertex)]:
+    for module in reversed(numbered_modules(mixer)):
+        if members := [vertex for vertex in behind if module in numbered_modules(vertex)]:
             last.end = members[-1]
             return
     if len(stack.layers) > 1 and (previous := stack.layers[-2].start) is not None:
@@ -346,14 +346,14 @@ def _end_last_layer(stack: DecoderStack, stream: list[fx.Node]) -> None:
 
 def _numbered_module(node: fx.Node) -> str | None:
     """The outermost of the modules around a node that have a number for a name."""
-    return next(iter(_numbered_modules(node)), None)
+    return next(iter(numbered_modules(node)), None)
 
 
 def _list_of(module: str) -> str:
     return re.sub(r"\.?\[?\d+\]?$", "", module)
 
 
-def _numbered_modules(node: fx.Node) -> list[str]:
+def numbered_modules(node: fx.Node) -> list[str]:
     """Paths of the modules around a node that have a number for a name, outermost first."""
     paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
     return [path for path in paths if re.search(r"(\.\d+|\[\d+\])$", path)]

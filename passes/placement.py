@@ -10,10 +10,11 @@ from regate_fx.ops.attention_kernels import supported
 from regate_fx.passes.axes import Axes
 from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_tensors, operator_name
 from regate_fx.passes.gradients import learned_nodes
-from regate_fx.passes.layers import DecoderStack, Layer
+from regate_fx.passes.layers import DecoderStack, Layer, numbered_modules
 from regate_fx.passes.layouts import Layout
 from regate_fx.passes.masks import MaskProof
 from regate_fx.passes.pair_groups import why_no_attention
+from regate_fx.passes.residual import adds_up
 from regate_fx.passes.rewrite_attention import autocast_dtype
 from regate_fx.passes.rules import Kind, Operands
 from regate_fx.passes.token_axes import TokenAxes
@@ -172,27 +173,45 @@ class _Placer:
 
     def _tail_is_dense(self) -> bool:
         """After the last layer: an output over all positions, or an operator that is not proven."""
-        tail = len(self.stack.layers)
         outputs = [node for node in self.output.all_input_nodes if node in self.stack.content]
         for node in outputs:
             axes = self.analysis.axes.get(node)
             if isinstance(axes, Axes) and axes.has_tokens:
                 return True
-        return any(self.stack.segment.get(node) == tail for node in self.analysis.unproven)
+        return self._mixing_tail() is not None
+
+    def _mixing_tail(self) -> fx.Node | None:
+        """An operator behind the last layer that is not proven to treat every token by itself."""
+        tail = len(self.stack.layers)
+        return next((node for node in self.analysis.unproven if self.stack.segment.get(node) == tail), None)
 
     def _find_scatter_points(self) -> None:
         """Where a dense layer follows a gated one, its input is scattered onto the last dense stream value."""
-        base: fx.Node | None = None
+        first: Layer | None = None
         for layer in self.stack.layers:
             if layer.index in self.dense:
-                if base is not None and layer.start is not None:
-                    self.placement.scatter_base[layer.start] = base
-                base = None
-            elif base is None:
-                base = layer.start
+                if first is not None and first.start is not None and layer.start is not None:
+                    self.placement.scatter_base[layer.start] = first.start
+                first = None
+            elif first is None:
+                first = layer
         last = self.stack.last_stream
-        if len(self.stack.layers) in self.dense and base is not None and last is not None:
-            self.placement.scatter_base[last] = base
+        if len(self.stack.layers) in self.dense and first is not None and first.start and last is not None:
+            self._check_tail(first, last)
+            self.placement.scatter_base[last] = first.start
+
+    def _check_tail(self, first: Layer, last: fx.Node) -> None:
+        """What mixes tokens behind the layers reads those that they skip: as they came, where layers only add to it."""
+        mixes = self._mixing_tail()
+        if mixes is None or first.start is None:
+            return
+        inside = set(numbered_modules(first.start)) & set(numbered_modules(first.anchor))
+        if inside or not adds_up(first.start, last):
+            reason = (
+                f"{operator_name(mixes)} mixes tokens behind layers that do not only add to what they are given: what "
+                "it is to read of a token that they skip is not known"
+            )
+            raise Refused("mixes-tokens", reason, mixes)
 
     def _refuse_escapes(self, needed_dense: set[fx.Node]) -> bool:
         """A gated layer must not be read at every position behind the residual stream's back."""

@@ -109,8 +109,9 @@ class CapturedModel:
             # A break in the graph makes a model several graphs: the plan has to enter each, and a size that
             # passes from one to the next is taken for a constant.
             # With sharded layers no code outside the graph may run: it would meet stand-ins of their parameters.
+            cause = _as_refusal(error)
             if not self._whole or self.sharding is not None or not self._may_break(error):
-                raise _as_refusal(error) from error
+                raise cause from error
         started = self._whole, self._backend, self.graphs, self._runs
         if not self.has_run:
             # What a model does in its first run only, hooks it installs and tables it fills, breaks no later capture.
@@ -121,9 +122,12 @@ class CapturedModel:
             self._start(whole=False)
         try:
             return self(plan, inputs)
-        except Exception:
+        except Exception as later:
             # The call was wrong, not the capture: the next good one finds it as it was.
             self._whole, self._backend, self.graphs, self._runs = started
+            # In parts that hold no layer, why they are parts says more than that nothing was found in them.
+            if _finds_nothing(later) and not _finds_nothing(cause):
+                raise cause from later
             raise
 
     def _may_break(self, error: Exception) -> bool:
@@ -286,6 +290,11 @@ def _as_refusal(error: Exception) -> Exception:
         reason = f"the model makes a constant of the batch size or the sequence length ({first})"
         return NotGateable([LayerRefusal(None, "static-size", reason)])
     return NotGateable([LayerRefusal(None, "graph-break", f"the model cannot be captured whole ({first})")])
+
+
+def _finds_nothing(error: Exception) -> bool:
+    codes = {refusal.code for refusal in error.refusals} if isinstance(error, NotGateable) else {""}
+    return codes <= {"no-attention", "no-graph", "no-capture"}
 
 
 def _own_code(function: types.FunctionType) -> types.FunctionType:

@@ -1,0 +1,45 @@
+"""Whether layers only add to the residual stream, so that a token which they skip leaves them as it came."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from regate_fx.passes.base import operator_name
+
+# What a value can go through and still be the stream, scaled or in other shape, rather than what a layer makes of it.
+_CARRIES = {
+    "aten.add", "aten.sub", "aten.mul", "aten.div", "aten.neg", "aten._to_copy", "aten.clone", "aten.alias",
+    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.dropout", "aten.sum", "aten.stack", "aten.cat",
+}  # fmt: skip
+
+
+def adds_up(base: fx.Node, last: fx.Node) -> bool:
+    """Whether `last` is `base` plus what is computed from it, each addition once and nothing else on the way."""
+    carried = {base}
+    for node in _between(base, last):
+        if operator_name(node) in _CARRIES and carried.intersection(node.all_input_nodes):
+            carried.add(node)
+    behind = {base, *_between(base, last)}
+    node = last
+    while node is not base:
+        if operator_name(node) != "aten.add" or node.kwargs or len(node.all_input_nodes) != 2:
+            return False
+        stream = [source for source in node.all_input_nodes if source in carried]
+        added = [source for source in node.all_input_nodes if source not in carried]
+        if len(stream) != 1 or added[0] not in behind:
+            return False
+        node = stream[0]
+    return True
+
+
+def _between(base: fx.Node, last: fx.Node) -> list[fx.Node]:
+    """The nodes from behind `base` to `last` that depend on it, in order."""
+    found: list[fx.Node] = []
+    known = {base}
+    node = base
+    while node is not last and node.op != "output":
+        node = node.next
+        if known.intersection(node.all_input_nodes):
+            known.add(node)
+            found.append(node)
+    return found

@@ -104,7 +104,11 @@ class GatingBackend:
     def _compile(self, run: PipelineRun, example_inputs: Sequence[Any]) -> Compiled:
         if not self.layerwise:
             return self._compiler()(run.graph_module, example_inputs)
-        return compile_parts(split_layers(run.graph_module), self._compiler())
+        try:
+            split = split_layers(run.graph_module)
+        except Refused as refused:
+            raise NotGateable([refused.refusal()]) from refused
+        return compile_parts(split, self._compiler())
 
     @contextlib.contextmanager
     def referring(self) -> Iterator[None]:

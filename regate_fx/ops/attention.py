@@ -66,7 +66,7 @@ grad_out [1, Hq, N, dv]; out and lse as `varlen_attention` returned them, the re
 """
 
 
-@torch.library.impl("regate_fx::varlen_attention", "CPU")
+@torch.library.impl("regate_fx::varlen_attention", "cpu")
 def _forward_cpu(
     q: Tensor,
     k: Tensor,
@@ -90,7 +90,7 @@ def _forward_cpu(
     return attention_cpu.forward(q, k, v, cu_seqlens, sees, scale, dropout_p, _seed(dropout_p, seed))
 
 
-@torch.library.impl("regate_fx::varlen_attention_backward", "CPU")
+@torch.library.impl("regate_fx::varlen_attention_backward", "cpu")
 def _backward_cpu(
     grad_out: Tensor,
     q: Tensor,
@@ -122,7 +122,7 @@ def _seed(dropout_p: float, seed: Tensor | None) -> int:
     return int(seed)
 
 
-@torch.library.impl("regate_fx::varlen_attention", "CUDA")
+@torch.library.impl("regate_fx::varlen_attention", "cuda")
 def _forward_cuda(
     q: Tensor,
     k: Tensor,
@@ -143,7 +143,7 @@ def _forward_cuda(
     return attention_cuda.forward(q, k, v, cu_seqlens, max_seqlen, causal, scale)
 
 
-@torch.library.impl("regate_fx::varlen_attention_backward", "CUDA")
+@torch.library.impl("regate_fx::varlen_attention_backward", "cuda")
 def _backward_cuda(
     grad_out: Tensor,
     q: Tensor,

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloorDiv, Max
 
 from regate_fx.passes.base import Refused
 
@@ -171,7 +171,7 @@ class TokenSymbols:
                     rest = quotient
         if self.mentions(rest):
             # `max(0, longest - S)` left out of a table of `longest` positions: S by a guard of the capture.
-            if (guarded := self._guarded_to_be(size)) is not None:
+            if expr.has(sympy.Max, Max) and (guarded := self._guarded_to_be(size)) is not None:
                 return (guarded,)
             raise Refused("axis", f"a dimension of size {expr} is no multiple of the token axes")
         return canonical((*dim, int(rest) if rest.is_Integer else rest))

@@ -11,7 +11,6 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -37,6 +36,7 @@ from regate_fx.passes.rewrite_attention import emit_compact, emit_kernel
 from regate_fx.passes.rewrite_loss import LossRewrite, emit_loss
 from regate_fx.passes.rules import Kind, Operands
 from regate_fx.passes.rules_shape import is_whole_slice
+from regate_fx.passes.scalars import SCALARS, is_token_number, scalar_expr, size_arguments
 from regate_fx.passes.token_axes import TokenAxes
 
 aten = torch.ops.aten
@@ -155,7 +155,7 @@ class Rewriter:
     def _resize(self, node: fx.Node, layout: Layout) -> Any:
         held = self._values.get(node, _Values()).layouts.get(Layout.DENSE)
         value = fake(node)
-        if not isinstance(value, _SCALARS) or (held is not None and layout is Layout.DENSE):
+        if not isinstance(value, SCALARS) or (held is not None and layout is Layout.DENSE):
             return held
         if reads_number(node):
             return self._number(node, layout)
@@ -269,9 +269,8 @@ class Rewriter:
                 return self._reinstantiate(argument, layout)  # row numbers, not values
             if is_tensors(fake(argument)):
                 return self.value(argument, layout, consumer)
-            value = fake(argument)
-            is_value = layout is not Layout.DENSE and not is_size and isinstance(value, _SCALARS)
-            if is_value and self.symbols.mentions(scalar_expr(value)):
+            is_value = layout is not Layout.DENSE and not is_size
+            if is_value and is_token_number(fake(argument), self.symbols):
                 raise Refused(
                     "size-as-value", f"{operator_name(node)} computes with the batch or sequence size", node
                 )
@@ -302,29 +301,3 @@ class Rewriter:
             return self.value(value, Layout.DENSE)
 
         self.emit.graph.output(fx.map_arg(node.args[0], replace))
-
-
-_SCALARS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
-
-
-def scalar_expr(value: Any) -> sympy.Expr:
-    return (
-        value.node.expr
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
-        else sympy.sympify(value)
-    )
-
-
-# Operators all of whose integer arguments are sizes or places, and those of which only some arguments are.
-_SHAPED = {
-    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.unflatten", "aten.slice", "aten.zeros",
-    "aten.ones", "aten.empty", "aten.new_zeros", "aten.new_ones", "aten.new_empty", "aten.arange", "aten.repeat",
-    "aten.broadcast_to", "aten.slice_scatter", "autograd_function_apply",
-}  # fmt: skip
-_PARTLY_SHAPED = {"aten.full": {0}, "aten.new_full": {1}}
-
-
-def size_arguments(node: fx.Node) -> set[int] | None:
-    """Positions of the arguments that are sizes; None for all."""
-    name = operator_name(node)
-    return None if name in _SHAPED else _PARTLY_SHAPED.get(name, set())

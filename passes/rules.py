@@ -20,6 +20,11 @@ from regate_fx.passes.base import Refused, fake, operator_name
 Result = Axes | tuple[Axes, ...]
 
 
+def parts_of(result: Result) -> tuple[Axes, ...]:
+    """The axes of each value of a node, which may have several."""
+    return result if isinstance(result, tuple) else (result,)
+
+
 class Kind(enum.Enum):
     """How an operator treats tokens."""
 

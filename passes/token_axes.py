@@ -22,7 +22,7 @@ from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_ten
 from regate_fx.passes.function_axes import function_verdict
 from regate_fx.passes.functions import FUNCTION_APPLY
 from regate_fx.passes.plan_nodes import ANCHOR
-from regate_fx.passes.rules import RULES, Kind, Operands, Result, Verdict
+from regate_fx.passes.rules import RULES, Kind, Operands, Result, Verdict, parts_of
 from regate_fx.passes.rules_math import elementwise
 
 
@@ -127,8 +127,7 @@ def _contain_aggregates(node: fx.Node, verdict: Verdict, analysis: TokenAxes) ->
     sums = [source for source in node.all_input_nodes if _is_aggregate(analysis.axes.get(source))]
     if not sums:
         return verdict
-    several = isinstance(verdict.axes, tuple)
-    results = verdict.axes if isinstance(verdict.axes, tuple) else (verdict.axes,)
+    results = parts_of(verdict.axes)
     if any(axes.has_tokens for axes in results):
         if verdict.reads_offsets and all(
             _meaning(analysis.axes[source]) is Meaning.OFFSETS for source in sums
@@ -138,12 +137,11 @@ def _contain_aggregates(node: fx.Node, verdict: Verdict, analysis: TokenAxes) ->
             "mixes-tokens", f"{operator_name(node)} spreads a sum over tokens to single tokens", node
         )
     marked = tuple(replace(axes, aggregate=True) for axes in results)
-    return replace(verdict, axes=marked if several else marked[0])
+    return replace(verdict, axes=marked if isinstance(verdict.axes, tuple) else marked[0])
 
 
 def _is_aggregate(result: Result | None) -> bool:
-    results = result if isinstance(result, tuple) else (result,)
-    return any(axes is not None and axes.aggregate for axes in results)
+    return result is not None and any(axes.aggregate for axes in parts_of(result))
 
 
 def _meaning(result: Result) -> Meaning | None:
@@ -174,9 +172,8 @@ def _on_cut(operands: Operands, name: str) -> Verdict:
 
 def _check_sizes(node: fx.Node, verdict: Verdict, symbols: TokenSymbols) -> None:
     """The axes must multiply to the sizes the capture recorded: a rule that is wrong must not pass."""
-    several = verdict.axes if isinstance(verdict.axes, tuple) else (verdict.axes,)
     values = fake(node) if isinstance(verdict.axes, tuple) else (fake(node),)
-    for axes, value in zip(several, values, strict=True):
+    for axes, value in zip(parts_of(verdict.axes), values, strict=True):
         if not isinstance(value, torch.Tensor):
             continue
         sizes = [symbols.size(dim) for dim in axes.dims]

@@ -5,6 +5,7 @@ Shapes: B samples, S positions, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -52,47 +53,39 @@ class BestOnly(Function):
         return result
 
 
-class MixesForward(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.cumsum(1)
+def function(
+    forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor, Tensor], Any]
+) -> type[Function]:
+    """An `autograd.Function` of one input; `backward` takes the gradient and that input."""
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+    class Made(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return forward(x)
 
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            return backward(grad, *ctx.saved_tensors)
 
-class MixesBackward(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad - grad.mean((0, 1))
+    return Made
 
 
-class CountsPositions(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * torch.arange(x.shape[1])[None, :, None]
+def weighted(weight_gradient: Callable[[Tensor, Tensor], Tensor]) -> type[Function]:
+    """`x * weight`, with a gradient of the weight to be tried."""
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+    class Made(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(x, weight)
+            return x * weight
 
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            x, weight = ctx.saved_tensors
+            return grad * weight, weight_gradient(grad, x)
 
-class WrongGradient(Function):
-    """Its gradient has the features of all tokens alike."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.sum((0, 1), keepdim=True)
+    return Made
 
 
 def normed(block: Block, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -115,17 +108,56 @@ def test_numbers(extra: Any, backend: str) -> None:
     assert {layer.kind for layer in gated.report.layers} == {"varlen"}
 
 
+def double(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def same(grad: Tensor, x: Tensor) -> Tensor:
+    return grad
+
+
 @pytest.mark.parametrize(
-    ("function", "words"),
+    ("made", "words"),
     [
-        (MixesForward, "cumsum"),
-        (MixesBackward, "spreads a sum over tokens"),
-        (CountsPositions, "arange"),
-        (WrongGradient, "gradients"),
+        (function(lambda x: x.cumsum(1), same), "cumsum"),
+        (function(lambda x: x * torch.arange(x.shape[1])[None, :, None], same), "arange"),
+        (function(lambda x: x * x.shape[1], same), "computes with the batch or sequence size"),
+        (function(double, lambda grad, x: grad - grad.sum((0, 1))), "spreads a sum over tokens"),
+        (function(double, lambda grad, x: grad - grad.mean((0, 1))), "does not add up"),
+        (function(double, lambda grad, x: grad.sum((0, 1), keepdim=True)), "gradients"),
+        (function(double, lambda grad, x: grad / x.shape[0]), "computes with the batch or sequence size"),
     ],
 )
-def test_refused(function: Any, words: str) -> None:
-    gated = gate(decoder(lambda block, x, mask: function.apply(x)))
+def test_refused(made: Any, words: str) -> None:
+    gated = gate(decoder(lambda block, x, mask: made.apply(x)))
     with pytest.raises(NotGateable, match=words) as caught:
         gated(**batch(), token_mask=some_active())
     assert any(refusal.code == "function" for refusal in caught.value.refusals)
+
+
+WEIGHT_GRADIENTS = {
+    "summed": (lambda grad, x: (grad * x).sum((0, 1)), None),
+    "summed, scaled": (lambda grad, x: ((-grad.float() / 2 + grad * x) * x.abs()).sum((0, 1)) * 0.5, None),
+    "mean": (lambda grad, x: (grad * x).mean((0, 1)), "does not add up"),
+    "largest": (lambda grad, x: (grad * x).amax((0, 1)), "reduces over all tokens"),
+    "of states alone": (lambda grad, x: x.sum((0, 1)), "does not add up"),
+    "shifted": (lambda grad, x: (grad + x).sum((0, 1)), "does not add up"),
+    "counted": (
+        lambda grad, x: (grad * x).sum((0, 1)) / x.shape[1],
+        "computes with the batch or sequence size",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHT_GRADIENTS)
+def test_a_gradient_of_a_weight_adds_up_what_vanishes_with_the_gradient(name: str) -> None:
+    """Anything else would count the tokens, or read those that are not computed."""
+    gradient, words = WEIGHT_GRADIENTS[name]
+    made = weighted(gradient)
+    model = decoder(lambda block, x, mask: made.apply(x, block.scale))
+    gated = gate(model)
+    if words is None:
+        assert_is_key_masked(gated, model, batch(padded=True), some_active())
+        return
+    with pytest.raises(NotGateable, match=words):
+        gated(**batch(padded=True), token_mask=some_active())

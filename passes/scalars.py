@@ -1,0 +1,54 @@
+"""Numbers among a node's arguments: which are sizes, made anew for the active rows, and which are computed with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from regate_fx.passes.axes import TokenSymbols
+from regate_fx.passes.base import fake, operator_name
+
+SCALARS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+# Operators all of whose integer arguments are sizes or places, and those of which only some arguments are.
+_SHAPED = {
+    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.unflatten", "aten.slice", "aten.zeros",
+    "aten.ones", "aten.empty", "aten.new_zeros", "aten.new_ones", "aten.new_empty", "aten.arange", "aten.repeat",
+    "aten.broadcast_to", "aten.slice_scatter", "autograd_function_apply",
+}  # fmt: skip
+_PARTLY_SHAPED = {"aten.full": {0}, "aten.new_full": {1}}
+
+
+def scalar_expr(value: Any) -> sympy.Expr:
+    return (
+        value.node.expr
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+        else sympy.sympify(value)
+    )
+
+
+def size_arguments(node: fx.Node) -> set[int] | None:
+    """Positions of the arguments that are sizes; None for all."""
+    name = operator_name(node)
+    return None if name in _SHAPED else _PARTLY_SHAPED.get(name, set())
+
+
+def is_token_number(value: Any, symbols: TokenSymbols) -> bool:
+    """Whether a fake value is a number that depends on the batch or sequence size."""
+    return isinstance(value, SCALARS) and symbols.mentions(scalar_expr(value))
+
+
+def computes_with_sizes(node: fx.Node, symbols: TokenSymbols) -> bool:
+    """Whether a number that depends on the batch or sequence size is an argument of a node and no size there."""
+    sizes = size_arguments(node)
+    if sizes is None:
+        return False
+    found: list[fx.Node] = []
+    for index, argument in enumerate(node.args):
+        if index not in sizes:
+            fx.map_arg(argument, found.append)
+    fx.map_arg(node.kwargs, found.append)
+    return any(is_token_number(fake(argument), symbols) for argument in found)

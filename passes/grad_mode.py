@@ -10,18 +10,14 @@ import torch
 from torch import fx
 
 from regate_fx.passes.base import Refused
-from regate_fx.passes.in_place import storage, targets, writes
+from regate_fx.passes.in_place import storage, targets, with_grad_mode, writes
 
 
 def refuse_writes_without_grad(gm: fx.GraphModule) -> None:
     """Raise `Refused` for an in-place operator of a Dynamo graph that is under `no_grad` and writes to a value,
     or a view of one, that requires grad."""
-    grad_enabled = True
     carriers: dict[int, fx.Node] = {}
-    for node in gm.graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
-            grad_enabled = bool(node.args[0])
-            continue
+    for node, grad_enabled in with_grad_mode(gm.graph):
         if not grad_enabled and writes(node):
             for target in targets(node):
                 if (owner := carriers.get(storage(target))) is not None:

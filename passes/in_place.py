@@ -1,8 +1,9 @@
-"""Which operators of a Dynamo graph write in place, what they write to, and which values share memory."""
+"""Which operators of a Dynamo graph write in place, under which grad mode, to what, and which values share memory."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 
 import torch
 from torch import fx
@@ -11,6 +12,15 @@ _OPERATORS = {
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
     operator.iand, operator.ior, operator.ixor, operator.ipow, operator.imod,
 }  # fmt: skip
+
+
+def with_grad_mode(graph: fx.Graph) -> Iterator[tuple[fx.Node, bool]]:
+    """Each node, in order, with whether gradients are enabled where it runs."""
+    enabled = True
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        yield node, enabled
 
 
 def writes(node: fx.Node) -> bool:

@@ -286,15 +286,25 @@ def _as_refusal(error: Exception) -> Exception:
     if isinstance(error, NotGateable):
         return error
     first = str(error).partition("\n")[0]
+    # Dynamo makes of it the same error as of a constant size.
+    if any(isinstance(origin, GuardOnDataDependentSymNode) for origin in _origins(error)):
+        reason = f"the model decides by a number that it reads from a tensor ({first})"
+        return NotGateable([LayerRefusal(None, "number", reason)])
     if isinstance(error, _STATIC_SIZES):
         reason = f"the model makes a constant of the batch size or the sequence length ({first})"
         return NotGateable([LayerRefusal(None, "static-size", reason)])
     return NotGateable([LayerRefusal(None, "graph-break", f"the model cannot be captured whole ({first})")])
 
 
+def _origins(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def _finds_nothing(error: Exception) -> bool:
-    codes = {refusal.code for refusal in error.refusals} if isinstance(error, NotGateable) else {""}
-    return codes <= {"no-attention", "no-graph", "no-capture"}
+    nothing = {"no-attention", "no-graph", "no-capture"}
+    return isinstance(error, NotGateable) and {refusal.code for refusal in error.refusals} <= nothing
 
 
 def _own_code(function: types.FunctionType) -> types.FunctionType:

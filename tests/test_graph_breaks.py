@@ -53,6 +53,22 @@ def test_a_break_among_the_layers_is_refused() -> None:
             gated(**batch())
 
 
+def test_layers_that_decide_by_numbers_from_tensors_say_so() -> None:
+    """Every layer is cut in two; that nothing was found in the pieces is not the reason."""
+    model = build("llama")
+
+    def repeat(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        for _ in range(int((output > 0).any())):
+            output = output * 1.0
+        return output
+
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(repeat)
+    with pytest.raises(NotGateable, match="decides by a number that it reads from a tensor") as caught:
+        regate_fx.compile(model, backend="eager")(**batch())
+    assert [refusal.code for refusal in caught.value.refusals] == ["number"]
+
+
 def _ddp_worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

@@ -187,26 +187,27 @@ class _Placer:
 
     def _find_scatter_points(self) -> None:
         """Where a dense layer follows a gated one, its input is scattered onto the last dense stream value."""
-        first: Layer | None = None
+        base: fx.Node | None = None
         for layer in self.stack.layers:
             if layer.index in self.dense:
-                if first is not None and first.start is not None and layer.start is not None:
-                    self.placement.scatter_base[layer.start] = first.start
-                first = None
-            elif first is None:
-                first = layer
+                if base is not None and layer.start is not None:
+                    self.placement.scatter_base[layer.start] = base
+                base = None
+            elif base is None:
+                base = layer.start
         last = self.stack.last_stream
-        if len(self.stack.layers) in self.dense and first is not None and first.start and last is not None:
-            self._check_tail(first, last)
-            self.placement.scatter_base[last] = first.start
+        if len(self.stack.layers) in self.dense and base is not None and last is not None:
+            self._check_tail(base, last)
+            self.placement.scatter_base[last] = base
 
-    def _check_tail(self, first: Layer, last: fx.Node) -> None:
+    def _check_tail(self, base: fx.Node, last: fx.Node) -> None:
         """What mixes tokens behind the layers reads those that they skip: as they came, where layers only add to it."""
         mixes = self._mixing_tail()
-        if mixes is None or first.start is None:
+        if mixes is None:
             return
-        inside = set(numbered_modules(first.start)) & set(numbered_modules(first.anchor))
-        if inside or not adds_up(first.start, last):
+        (first,) = (layer for layer in self.stack.layers if layer.start is base)
+        is_inside = not set(numbered_modules(base)).isdisjoint(numbered_modules(first.anchor))
+        if is_inside or not adds_up(base, last):
             reason = (
                 f"{operator_name(mixes)} mixes tokens behind layers that do not only add to what they are given: what "
                 "it is to read of a token that they skip is not known"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import fx
 
 from regate_fx.passes.base import operator_name
@@ -15,31 +17,26 @@ _CARRIES = {
 
 def adds_up(base: fx.Node, last: fx.Node) -> bool:
     """Whether `last` is `base` plus what is computed from it, each addition once and nothing else on the way."""
-    carried = {base}
-    for node in _between(base, last):
+    computed, carried = {base}, {base}
+    for node in _up_to(base, last):
+        if computed.intersection(node.all_input_nodes):
+            computed.add(node)
         if operator_name(node) in _CARRIES and carried.intersection(node.all_input_nodes):
             carried.add(node)
-    behind = {base, *_between(base, last)}
     node = last
     while node is not base:
         if operator_name(node) != "aten.add" or node.kwargs or len(node.all_input_nodes) != 2:
             return False
         stream = [source for source in node.all_input_nodes if source in carried]
-        added = [source for source in node.all_input_nodes if source not in carried]
-        if len(stream) != 1 or added[0] not in behind:
+        if len(stream) != 1 or not computed.issuperset(node.all_input_nodes):
             return False
-        node = stream[0]
+        (node,) = stream
     return True
 
 
-def _between(base: fx.Node, last: fx.Node) -> list[fx.Node]:
-    """The nodes from behind `base` to `last` that depend on it, in order."""
-    found: list[fx.Node] = []
-    known = {base}
+def _up_to(base: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    """The nodes behind `base`, to `last`."""
     node = base
-    while node is not last and node.op != "output":
+    while node is not last:
         node = node.next
-        if known.intersection(node.all_input_nodes):
-            known.add(node)
-            found.append(node)
-    return found
+        yield node

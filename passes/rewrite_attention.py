@@ -90,7 +90,9 @@ def emit_compact(rewriter: Rewriter, node: fx.Node) -> fx.Node:
             filled[0] = _fill(rewriter, filled[0], axes, dim, filler)
     else:
         filled = _without_empty_keys(rewriter, op, filled)
-    return rewriter.emit.call(node.target, *filled, **kwargs)
+    # Slots may lie in memory in another order than positions did: what was a view may need a copy.
+    is_view = node.target in (aten.view.default, aten._unsafe_view.default)
+    return rewriter.emit.call(aten.reshape.default if is_view else node.target, *filled, **kwargs)
 
 
 def _key_dims(op: Operands, axes: Axes) -> list[int]:

@@ -127,10 +127,21 @@ def canonical(dim: Dim) -> Dim:
 
 @dataclass(frozen=True)
 class TokenSymbols:
-    """The sizes B and S as the capture knows them: symbols, or 1 where Dynamo specialised a size of one."""
+    """The sizes B and S as the capture knows them: symbols, or 1 where Dynamo specialised a size of one.
 
-    batch: sympy.Expr
-    length: sympy.Expr
+    Where the capture learns that two symbols are equal it calls both by one name: names are asked for anew each time.
+    """
+
+    batch_size: int | torch.SymInt
+    sequence_length: int | torch.SymInt
+
+    @property
+    def batch(self) -> sympy.Expr:
+        return size_expr(self.batch_size)
+
+    @property
+    def length(self) -> sympy.Expr:
+        return size_expr(self.sequence_length)
 
     def size(self, dim: Dim) -> sympy.Expr:
         """The size of a dimension as an expression over the capture's symbols."""
@@ -178,12 +189,8 @@ class TokenSymbols:
 
     def _guarded_to_be(self, size: torch.SymInt) -> Token | None:
         """The token axis whose size the capture's guards make equal to `size`."""
-        for token, symbol in ((Token.B, self.batch), (Token.S, self.length)):
-            if symbol.free_symbols:
-                axis = size.node.shape_env.create_symintnode(symbol, hint=None)
-                if statically_known_true(size == axis):
-                    return token
-        return None
+        axes = ((Token.B, self.batch_size), (Token.S, self.sequence_length))
+        return next((token for token, length in axes if statically_known_true(size == length)), None)
 
     def axes_of_shape(self, shape: Sequence[Any]) -> Axes:
         return Axes(tuple(self.dim_of_size(size) for size in shape))
@@ -193,7 +200,8 @@ def size_expr(size: Any) -> sympy.Expr:
     """A size as an expression, without divisions that leave no remainder."""
     if not isinstance(size, torch.SymInt):
         return sympy.Integer(int(size))
-    return size.node.expr.replace(FloorDiv, _divided)
+    expr = size.node.expr
+    return expr if expr.is_Symbol else expr.replace(FloorDiv, _divided)
 
 
 def _divided(total: sympy.Expr, part: sympy.Expr) -> sympy.Expr:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 import regate_fx.ops  # noqa: F401  (registers the operators)
-from regate_fx.passes.axes import TokenSymbols, size_expr
+from regate_fx.passes.axes import TokenSymbols
 from regate_fx.passes.base import PassContext, PassResult, Refused, fake
 
 ANCHOR = torch.ops.regate_fx.anchor.default
@@ -52,7 +52,8 @@ class FindPlan:
                 slots[user.args[1]].append(user)
         rows, row_of, cu_seqlens, slot_rows, row_slots, attention_mask, labels = anchors[0].args
         assert isinstance(row_of, fx.Node)
-        batch, length = (size_expr(size) for size in fake(row_of).shape)
+        symbols = TokenSymbols(*fake(row_of).shape)
+        batch, length = symbols.batch, symbols.length
         if length.is_Integer:
             raise Refused(
                 "static-length", f"the sequence length is the constant {length} in the captured graph", row_of
@@ -61,7 +62,7 @@ class FindPlan:
             raise Refused(
                 "static-batch", f"the batch size is the constant {batch} in the captured graph", row_of
             )
-        ctx.findings["symbols"] = TokenSymbols(batch, length)
+        ctx.findings["symbols"] = symbols
         ctx.findings["plan"] = PlanNodes(
             rows, row_of, cu_seqlens, slot_rows, row_slots, attention_mask, labels, *map(tuple, slots)
         )

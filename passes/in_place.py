@@ -27,16 +27,17 @@ def writes(node: fx.Node) -> bool:
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     name = getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") and not name.startswith("_")
+    in_place = name.endswith("_") and not name.endswith("__")
     return node.op == "call_function" and (
         node.target in _OPERATORS or in_place or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
     )
 
 
 def targets(node: fx.Node) -> list[fx.Node]:
-    """What an operator that writes in place writes to."""
-    written = [node.kwargs.get("out"), *node.args[:1]]
-    return [target for target in written if isinstance(target, fx.Node)]
+    """What an operator that writes in place writes to: a tensor, or those of a list."""
+    written: list[fx.Node] = []
+    fx.map_arg((node.kwargs.get("out"), node.args[:1]), written.append)
+    return written
 
 
 def storage(node: fx.Node) -> int:

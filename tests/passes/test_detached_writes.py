@@ -91,8 +91,14 @@ def source_is_read_between_two_writes(w: Small, x: Tensor) -> Tensor:
     return z + read
 
 
+def through_a_list(w: Small, x: Tensor) -> Tensor:
+    y, z = w.up(x), x.sin()
+    torch._foreach_mul_([y.detach(), z.detach()], 2.0)
+    return y + z
+
+
 REFUSED = [
-    reaches_back, changes_a_value_with_history, changes_a_parameter, source_is_written_first,
+    through_a_list, reaches_back, changes_a_value_with_history, changes_a_parameter, source_is_written_first,
     source_is_read_between_two_writes,
 ]  # fmt: skip
 

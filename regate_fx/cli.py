@@ -128,6 +128,24 @@ def teacher(
     teacher_model: Annotated[
         str | None, typer.Option("--teacher", help="Another text model as teacher, of the same tokenizer.")
     ] = None,
+    placeholder_id: Annotated[
+        int | None,
+        typer.Option(
+            help="Token that the teacher reads where pictures are.  [default: padding, else end of sequence]"
+        ),
+    ] = None,
+    visual_id: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Token that stands for pictures; more than once for several.  [default: the config's]"
+        ),
+    ] = None,
+    special_id: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Label that always counts in training; more than once for several.  [default: the tokenizer's]"
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="In which the models are loaded and run; auto: as they were saved."),
@@ -173,6 +191,9 @@ def teacher(
         max_tokens_per_batch=max_tokens_per_batch,
         samples_per_shard=samples_per_shard,
         losses_dtype=losses_dtype,
+        placeholder_id=placeholder_id,
+        visual_ids=visual_id or None,
+        special_ids=special_id or None,
     )
 
 

@@ -138,6 +138,22 @@ def test_pictures(
     assert torch.equal(found.hashes, expected.hashes)
 
 
+def test_ids_of_ones_own(tmp_path: Path) -> None:
+    """Token 9 stands for pictures, and the teacher reads token 7 there."""
+    save_text(tmp_path)
+    rows = [{"sample_id": 5, "input_ids": [4, 9, 9, 6, 8], "labels": [-100, -100, -100, 6, 8]}]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+    options = ["--visual-id", 9, "--placeholder-id", 7, "--special-id", 2, "--special-id", 8]
+    done = call(tmp_path / "model", tmp_path / "rows", tmp_path / "store", *options)
+    assert done.exit_code == 0, done.output
+    losses = ReferenceLosses.open(tmp_path / "store")
+    assert (losses.about["visual_ids"], losses.about["special_ids"]) == ([9], [2, 8])
+    with torch.no_grad():
+        logits = build("llama").eval()(input_ids=torch.tensor([[4, 7, 7, 6, 8]])).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits[2:4], torch.tensor([6, 8]), reduction="none")
+    torch.testing.assert_close(losses.losses, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     save_text(tmp_path)
     model, data, store = tmp_path / "model", tmp_path / "texts.jsonl", tmp_path / "store"

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,7 @@ class ReGate:
         align: Alignment = "predictor",
         shifted: bool = True,
         collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+        difficulty_on: Literal["device", "host"] = "device",
     ) -> None:
         """Nothing is read or computed yet.
 
@@ -100,6 +101,8 @@ class ReGate:
         align:       the position that a selected label keeps active, see `TokenRules`
         shifted:     the model predicts label t at position t - 1
         collator:    makes a batch of a list of examples without their `sample_id`; by default transformers' own
+        difficulty_on: where the running means are kept, 4 bytes a label: beside the losses, or on the host, for data
+                     sets of billions of labels; the values are the same
 
         Raises `InvalidInput` that names the argument.
         """
@@ -115,7 +118,9 @@ class ReGate:
             align,
             shifted,
         )
-        self.difficulty = SharedDifficulty(losses, beta)
+        if difficulty_on not in ("device", "host"):
+            raise InvalidInput("difficulty_on", f"is {difficulty_on!r}.", 'Say "device" or "host".')
+        self.difficulty = SharedDifficulty(losses, beta, on_host=difficulty_on == "host")
         self.global_step = 0
         self.collate = Collator(self.rules, losses, collator)
         self.follows_optimizer = True
@@ -168,7 +173,7 @@ class ReGate:
         ids = samples.ids if samples.packed else samples.ids[:, :1]
         ids = ids.to(samples.slot.device, non_blocking=True)
         return Signals(
-            ema=samples.by_document(self.difficulty.look_up(samples.slot), torch.nan),
+            ema=samples.by_document(self.difficulty.known(samples), torch.nan),
             teacher=samples.by_document(samples.reference, 0.0) if has_teacher(self.losses) else None,
             slot=samples.by_document(samples.slot, -1),
             sample_id=samples.by_document(ids, -1).amax(1, keepdim=True),

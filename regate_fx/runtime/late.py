@@ -1,4 +1,4 @@
-"""Errors that a device knows of, raised on the host without waiting for it."""
+"""What a device knows, brought to the host without waiting for it; errors that are raised there later."""
 
 from __future__ import annotations
 
@@ -14,6 +14,30 @@ Error = Callable[[Tensor], InvalidInput]
 """Makes the error from what was found wrong, bool of any shape on the host."""
 
 
+class OnTheWay:
+    """Tensors of one device that are being copied to the host; at once where they are there."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._copies = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
+        device = tensors[0].device
+        self._copied = None if device.type == "cpu" else torch.Event(device)
+        if self._copied is not None:
+            self._copied.record()
+
+    def __reduce__(self) -> tuple[type[OnTheWay], tuple[Tensor, ...]]:
+        """A copy has arrived: events stay with their process."""
+        return OnTheWay, self.wait()
+
+    def arrived(self) -> bool:
+        return self._copied is None or self._copied.query()
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The copies, in the order in which the tensors were given."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._copies
+
+
 class LateChecks:
     """Raises at once what is wrong on the host; what is wrong on an accelerator with one of the next batches.
 
@@ -21,7 +45,7 @@ class LateChecks:
     """
 
     def __init__(self) -> None:
-        self._coming: deque[_Coming] = deque()
+        self._coming: deque[tuple[OnTheWay, Error]] = deque()
 
     def __reduce__(self) -> tuple[type[LateChecks], tuple[()]]:
         """A copy has checked nothing yet: events stay with their process."""
@@ -29,28 +53,16 @@ class LateChecks:
 
     def check(self, wrong: Tensor, error: Error) -> None:
         """Raises what `error` makes of `wrong`, or of an earlier one, where any of it is True."""
-        while self._coming and self._coming[0].arrived():
-            self._coming.popleft().check()
-        check = _Coming(wrong, error)
+        while self._coming and self._coming[0][0].arrived():
+            _raise_if_any(*self._coming.popleft())
+        coming = OnTheWay(wrong)
         if wrong.device.type == "cpu":
-            check.check()
+            _raise_if_any(coming, error)
         else:
-            self._coming.append(check)
+            self._coming.append((coming, error))
 
 
-class _Coming:
-    """What was found wrong with a batch, on its way from the device to the host."""
-
-    def __init__(self, wrong: Tensor, error: Error) -> None:
-        self._error = error
-        self._wrong = wrong.to("cpu", non_blocking=True)
-        self._copied = None if wrong.device.type == "cpu" else torch.Event(wrong.device)
-        if self._copied is not None:
-            self._copied.record()
-
-    def arrived(self) -> bool:
-        return self._copied is None or self._copied.query()
-
-    def check(self) -> None:
-        if bool(self._wrong.any()):
-            raise self._error(self._wrong)
+def _raise_if_any(coming: OnTheWay, error: Error) -> None:
+    (wrong,) = coming.wait()
+    if bool(wrong.any()):
+        raise error(wrong)

@@ -20,15 +20,15 @@ from regate_fx.runtime.token_hashes import NOT_KNOWN, label_hash, row_hashes, te
 
 __all__ = ["Counts", "Samples", "describe", "label_hash", "labels_of"]
 
-_ON_HOST = ("ids", "rows")
+_ON_HOST = ("ids", "rows", "host_slot")
 
 
 @dataclass(frozen=True)
 class Samples:
     """The samples of one batch: which they are, what selection may do with their tokens, what the teacher said.
 
-    It travels in the batch under `sample_id`. The tensors below move with it; `ids`, `rows` and the counts
-    stay on the host.
+    It travels in the batch under `sample_id`. The tensors below move with it; `ids`, `rows`, `host_slot` and
+    the counts stay on the host.
 
     always:     bool [B, S]     positions computed in every step
     real:       bool [B, S]     positions that are no padding
@@ -41,6 +41,7 @@ class Samples:
     tokens:     int64 [B, 2]    what `row_hashes` makes of each row: by it a row is recognised in the batch
     ids:        int64 [B, S]    sample id of each position
     rows:       int64 [G]       where each document's sample is in the store, -1 for a document of no sample
+    host_slot:  int64 [B, S]    `slot`, for a table that is kept on the host
     """
 
     always: Tensor
@@ -54,6 +55,7 @@ class Samples:
     tokens: Tensor
     ids: Tensor
     rows: Tensor
+    host_slot: Tensor
     packed: bool
     counts: Counts
 
@@ -173,6 +175,7 @@ def describe(batch: Mapping[str, Any], rules: TokenRules, losses: ReferenceLosse
         tokens=row_hashes(labels, ids),
         ids=docs.ids,
         rows=rows,
+        host_slot=slot,
         packed=docs.packed,
         counts=_count(rules, docs, roles, labels, real, candidates),
     )

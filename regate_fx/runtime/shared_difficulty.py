@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from regate_fx.errors import Unsupported
+from regate_fx.errors import InvalidInput, Unsupported
 from regate_fx.runtime import ranks
 from regate_fx.runtime.difficulty import Difficulty
+from regate_fx.runtime.late import OnTheWay
+from regate_fx.runtime.late_losses import LateLosses, LateQueue
 from regate_fx.runtime.samples import Samples
 from regate_fx.runtime.store import ReferenceLosses
 from regate_fx.runtime.visits import Visits
@@ -28,10 +30,17 @@ Observed = Sequence[tuple[Tensor, Tensor]]
 
 
 class SharedDifficulty(Difficulty):
-    """`Difficulty` of one process or of several, with a state that any number of them can go on from."""
+    """`Difficulty` of one process or of several, with a state that any number of them can go on from.
 
-    def __init__(self, losses: ReferenceLosses, beta: float = 0.9) -> None:
+    With `on_host` the table stays in the host's memory. Losses are copied there through pinned memory and taken in when
+    they have come, at the latest when one of their samples is looked up again: no step waits for the device for that,
+    unless the same sample is in two steps in a row.
+    """
+
+    def __init__(self, losses: ReferenceLosses, beta: float = 0.9, on_host: bool = False) -> None:
         super().__init__(losses.labels, beta)
+        self._queue = LateQueue() if on_host else None
+        self._broken: InvalidInput | None = None
         self._losses = losses
         self._gathered: Observed | None = None
         self._visits = Visits(losses)
@@ -42,11 +51,32 @@ class SharedDifficulty(Difficulty):
         """How often this rank observed a sample again within an epoch, as far as `exchange` told epochs apart."""
         return self._visits.repeats
 
+    def known(self, samples: Samples) -> Tensor:
+        """float32 [B, S]: `look_up` of the labels of a batch, on its device."""
+        device = samples.slot.device
+        if self._queue is None:
+            return self.look_up(samples.slot)
+        self._take_in(self._queue.up_to(samples.rows))
+        found = self.look_up(samples.host_slot)
+        return found if device.type == "cpu" else found.pin_memory().to(device, non_blocking=True)
+
     def observe(self, samples: Samples, loss: Tensor, counted: Tensor) -> None:
         """`update`, of which other ranks learn by `exchange`. loss: float [B, S]; counted: bool [B, S]."""
         self._gathered = None
-        self.update(samples.slot, loss, counted & samples.observed, samples.ids, apart=ranks.count() > 1)
+        observed, apart = counted & samples.observed, ranks.count() > 1
+        if self._queue is None:
+            self.update(samples.slot, loss, observed, samples.ids, apart)
+        else:
+            coming = OnTheWay(loss.detach().float(), observed)
+            self._queue.add(LateLosses(samples.host_slot, samples.ids, samples.rows, coming, apart))
+            self._take_in(self._queue.arrived())
+            self._raise_if_broken()
         self._visits.note(samples.rows)
+
+    def settle(self) -> None:
+        self._take_in_all()
+        self._raise_if_broken()
+        super().settle()
 
     def exchange(self) -> None:
         """Let every rank know what the others observed; a collective. Tells one process that an epoch has ended."""
@@ -54,6 +84,7 @@ class SharedDifficulty(Difficulty):
         if ranks.count() == 1:
             self.settle()
             return
+        self._take_in_all()
         observed, repeated = by_sample(ranks.gather_labels(*self.own), self._losses.starts)
         self._warn_of_repeats(repeated)
         self.merge(observed)
@@ -62,6 +93,7 @@ class SharedDifficulty(Difficulty):
     def gather(self) -> None:
         """Make `state` complete; a collective."""
         if ranks.count() > 1:
+            self._take_in_all()
             self._gathered = ranks.gather_labels(*self.own)
 
     def state(self) -> dict[str, Any]:
@@ -81,6 +113,8 @@ class SharedDifficulty(Difficulty):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, also of another number of ranks. Raises `InvalidInput` for one of other labels."""
+        self._take_in_all()
+        self._broken = None
         pending = unpack(state["pending"])
         same_ranks = len(pending) == ranks.count()
         self.load(state["ema"], pending[ranks.rank()] if same_ranks else None)
@@ -95,6 +129,24 @@ class SharedDifficulty(Difficulty):
         if not self._is_loaded:
             return None
         return hashlib.sha256(self.ema.cpu().contiguous().numpy().data).hexdigest()
+
+    def _take_in_all(self) -> None:
+        if self._queue is not None:
+            self._take_in(self._queue.all())
+
+    def _take_in(self, batches: Iterable[LateLosses]) -> None:
+        """Raises nothing: in the middle of a collective the other ranks would wait for this one."""
+        for batch in batches:
+            loss, observed = batch.coming.wait()
+            try:
+                self.update(batch.slot, loss, observed, batch.ids, batch.apart)
+            except InvalidInput as error:
+                self._broken = self._broken or error
+
+    def _raise_if_broken(self) -> None:
+        broken, self._broken = self._broken, None
+        if broken is not None:
+            raise broken
 
     def _warn_of_repeats(self, rows: Tensor) -> None:
         samples = self._losses.ids[rows].tolist()

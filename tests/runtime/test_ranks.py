@@ -38,8 +38,8 @@ def made_up_losses(samples: int = SAMPLES) -> ReferenceLosses:
     return reference_of(docs)
 
 
-def make_gate(schedule: DualCycle = SPARSE) -> ReGate:
-    return ReGate(made_up_losses(), schedule=schedule)
+def make_gate(schedule: DualCycle = SPARSE, **settings: Any) -> ReGate:
+    return ReGate(made_up_losses(), schedule=schedule, **settings)
 
 
 def make_batch(samples: list[int]) -> dict[str, Any]:
@@ -93,9 +93,10 @@ def _rank(rank: int, work: Callable[[int, Path], Any], folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_select_and_learn_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_two_ranks_select_and_learn_what_one_does(tmp_path: Path, where: Any) -> None:
     def work(rank: int, folder: Path) -> Any:
-        gate = make_gate()
+        gate = make_gate(difficulty_on=where)
         return epochs(gate, of_rank(rank), 3), gate.difficulty.ema
 
     alone = make_gate()

@@ -15,7 +15,12 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, UserError
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    FailOnRecompileLimitHit,
+    InternalTorchDynamoError,
+    UserError,
+)
 from torch._dynamo.exc import Unsupported as DynamoUnsupported
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
@@ -36,8 +41,8 @@ from regate_fx.wrapper import original_forward
 
 # What Dynamo raises when the capture needs a size to be a constant that was declared to vary.
 _STATIC_SIZES = (UserError, ConstraintViolationError)
-# The same, and what it raises where one graph was asked for and the code does not allow it.
-_NOT_WHOLE = (*_STATIC_SIZES, DynamoUnsupported, GuardOnDataDependentSymNode)
+# The same, and what it raises where one graph was asked for and the code, or an error of its own, does not allow it.
+_NOT_WHOLE = (*_STATIC_SIZES, DynamoUnsupported, GuardOnDataDependentSymNode, InternalTorchDynamoError)
 
 
 Scope = Literal["model", "layers"]

@@ -89,6 +89,35 @@ def _mixed(other: str, attention: str) -> Repair:
     return repair
 
 
+def _twice(small: dict[str, Any]) -> None:
+    """Every kind of layer two times, where weights are shared between layers of a kind."""
+    kinds = small.get("layers_block_type")
+    if kinds is not None:
+        kinds = small["layers_block_type"] = small["layer_types"] = list(kinds) * 2
+        small["num_hidden_layers"] = len(kinds)
+        small["hybrid_layer_ids"] = [index for index, kind in enumerate(kinds) if kind == "hybrid"]
+
+
+def _sum_of_parts(small: dict[str, Any]) -> None:
+    """One layer in each part of a model whose middle part is run several times."""
+    parts = [name for name in ("n_input_layers", "n_recurrent_layers", "n_output_layers") if name in small]
+    if parts:
+        small.update(dict.fromkeys(parts, 1))
+        small["num_hidden_layers"] = len(parts)
+        small["layer_types"] = (small["layer_types"] * len(parts))[: len(parts)]
+
+
+def _rotary(small: dict[str, Any]) -> None:
+    """What rotary tables and clipped projections need, where defaults leave it out."""
+    if small.get("rope_parameters") == {}:
+        kinds = set(small["layer_types"])
+        small["rope_parameters"] = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in kinds}
+    elif "rope_parameters" not in small:
+        small.setdefault("rope_theta", 1e4)
+    if small.get("clip_qkv", 0) is None:
+        small["clip_qkv"] = 8.0
+
+
 def _whole_rotary(small: dict[str, Any]) -> None:
     small.get("rope_parameters", {}).pop("partial_rotary_factor", None)
 
@@ -107,6 +136,9 @@ REPAIRS: tuple[tuple[Repair, ...], ...] = (
     (_one_expert,),
     (_mixed("mamba", "attention"),),
     (_mixed("conv", "full_attention"),),
+    (_twice,),
+    (_sum_of_parts,),
+    (_rotary,),
 )
 
 

@@ -69,10 +69,15 @@ def find_pictures(model: nn.Module, count: int) -> Pictures:
 
 
 def _candidates(model: nn.Module, count: int) -> Iterator[dict[str, Tensor]]:
-    named = inspect.signature(model.forward).parameters
+    features = _feature_function(model)
+    named = {**inspect.signature(model.forward).parameters}
+    named |= {} if features is None else inspect.signature(features).parameters
     for vision in _vision_configs(model.config):
         for inputs in _pixels(named, vision, count):
-            yield {name: value for name, value in inputs.items() if name in named}
+            taken = {name: value for name, value in inputs.items() if name in named}
+            yield taken
+            if taken.pop("image_sizes", None) is not None:
+                yield taken
 
 
 def _vision_configs(config: Any) -> Iterator[Any]:
@@ -128,6 +133,8 @@ def _pixels(named: Mapping[str, Any], vision: Any, count: int) -> Iterator[dict[
                 "high_res_pixel_values": random(*shape, *square),
                 "pixel_attention_mask": torch.ones(*shape, side, side, dtype=torch.bool),
                 "image_sizes": sizes,
+                "qformer_input_ids": torch.full((count, 4), WORDS.start),
+                "qformer_attention_mask": torch.ones(count, 4, dtype=torch.int64),
                 "aspect_ratio_ids": torch.ones(count, 1, dtype=torch.int64),
                 "aspect_ratio_mask": torch.ones(*shape[:3], dtype=torch.int64),
             }
@@ -144,7 +151,7 @@ def _pixels(named: Mapping[str, Any], vision: Any, count: int) -> Iterator[dict[
 
 def _tokens(model: nn.Module, inputs: Mapping[str, Tensor], count: int) -> int:
     """How many positions a picture fills: as many as there are rows of features for it."""
-    features = getattr(model, "get_image_features", None)
+    features = _feature_function(model)
     if features is None or _placeholder(model) is None:
         return 0
     taken = inspect.signature(features).parameters
@@ -153,6 +160,14 @@ def _tokens(model: nn.Module, inputs: Mapping[str, Tensor], count: int) -> int:
     found = getattr(found, "pooler_output", found)
     rows = sum(_rows(part) for part in found) if isinstance(found, (tuple, list)) else _rows(found)
     return rows // count
+
+
+def _feature_function(model: nn.Module) -> Any:
+    """What makes features of pictures, in the model itself or in the one inside it; None where there is none."""
+    inside = getattr(model, getattr(model, "base_model_prefix", "") or "model", None)
+    return next(
+        (found for part in (model, inside) if (found := getattr(part, "get_image_features", None))), None
+    )
 
 
 def _rows(features: Tensor) -> int:

@@ -89,6 +89,26 @@ def _mixed(other: str, attention: str) -> Repair:
     return repair
 
 
+def _small_grids(small: dict[str, Any]) -> None:
+    """Sizes of pictures that small patches fit into: windows, grids, and what counts patches."""
+    if "spatial_merge_size" in small and "window_size" in small:
+        small["window_size"] = 4 * PATCH
+    if "num_patches" in small:
+        small["num_patches"] = 16
+    if small.get("image_grid_pinpoints"):
+        small["image_grid_pinpoints"] = [[32, 16], [16, 32]]
+    if "projector_patch_to_query_dict" in small:
+        small["projector_patch_to_query_dict"] = {16: 4}
+
+
+def _marked(small: dict[str, Any]) -> None:
+    """An id that stands for pictures, where none is given by default."""
+    for name in ("image_token_id", "image_token_index"):
+        if name in small and small[name] is None:
+            small[name] = VOCABULARY - 1
+    _small_grids(small)
+
+
 def _twice(small: dict[str, Any]) -> None:
     """Every kind of layer two times, where weights are shared between layers of a kind."""
     kinds = small.get("layers_block_type")
@@ -136,6 +156,12 @@ REPAIRS: tuple[tuple[Repair, ...], ...] = (
     (_one_expert,),
     (_mixed("mamba", "attention"),),
     (_mixed("conv", "full_attention"),),
+    (_small_grids,),
+    (_marked,),
+    (_equal_heads, _small_grids),
+    (_sections, _small_grids),
+    (_equal_heads, _sections, _small_grids),
+    (_named, _marked),
     (_twice,),
     (_sum_of_parts,),
     (_rotary,),
@@ -232,7 +258,7 @@ def _small_list(
     if (
         value
         and all(type(number) is int for number in value)
-        and any(w in name for w in ("index", "idx", "layers"))
+        and any(w in name for w in ("index", "idx", "layers", "feature_layer"))
     ):
         return type(value)([len(kept) - 1 if kept else DEPTH - 1])
     return value

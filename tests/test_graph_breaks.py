@@ -69,6 +69,24 @@ def test_layers_that_decide_by_numbers_from_tensors_say_so() -> None:
     assert [refusal.code for refusal in caught.value.refusals] == ["number"]
 
 
+@torch.library.custom_op("regate_fx_tests::unbound", mutates_args=())
+def unbound(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@unbound.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    torch.library.get_ctx().new_dynamic_size()  # a size that no output has: Dynamo gives up
+    return torch.empty_like(x)
+
+
+def test_an_error_inside_dynamo_is_a_refusal() -> None:
+    model = build("llama")
+    model.model.norm.register_forward_pre_hook(lambda module, args: (unbound(*args),))
+    with pytest.raises(NotGateable, match=r"cannot be captured whole \(PendingUnbackedSymbolNotFound"):
+        regate_fx.compile(model, backend="eager")(**batch())
+
+
 def _ddp_worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

@@ -17,12 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 
 from regate_fx.passes.base import fake
-from regate_fx.passes.fake_results import call_key
+from regate_fx.passes.fake_results import READS_VALUES, call_key
 
 # What a rewritten node inherits from the node it stands for.
 _INHERITED = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "autocast", "seq_nr")
-
-_READS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class Emitter:
@@ -46,7 +44,7 @@ class Emitter:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)
         self._inherit(node)
-        if _READS_VALUES.intersection(getattr(target, "tags", ())):
+        if READS_VALUES.intersection(getattr(target, "tags", ())):
             self._own_values(node.all_input_nodes)
         values, named = fx.map_arg((args, kwargs), fake)
         autocast = node.meta.get("autocast", ())

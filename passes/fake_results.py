@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+READS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _PLAIN = (
     int,
     float,
@@ -28,29 +29,29 @@ def call_key(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hash
     if not isinstance(target, torch._ops.OpOverload):
         return None
     try:
-        return (target, _key(args), *((name, _key(value)) for name, value in kwargs.items()))
-    except _Undecided:
+        return (target, value_key(args), *((name, value_key(value)) for name, value in kwargs.items()))
+    except Undecided:
         return None
 
 
-class _Undecided(Exception):
-    pass
+class Undecided(Exception):
+    """Of a value that `value_key` does not know."""
 
 
-def _key(value: Any) -> Hashable:
+def value_key(value: Any) -> Hashable:
     if isinstance(value, _SYMBOLIC):
         return value.node.expr
     if isinstance(value, _PLAIN):
         return type(value), value
     if isinstance(value, (tuple, list)):
-        return tuple(map(_key, value))
+        return tuple(map(value_key, value))
     # The value of a constant may decide, and a value of another kind may be anything.
     if not isinstance(value, FakeTensor) or value.constant is not None or value.layout != torch.strided:
-        raise _Undecided
+        raise Undecided
     return (
-        tuple(map(_key, value.shape)),
-        tuple(map(_key, value.stride())),
-        _key(value.storage_offset()),
+        tuple(map(value_key, value.shape)),
+        tuple(map(value_key, value.stride())),
+        value_key(value.storage_offset()),
         value.dtype,
         value.device,
         value.requires_grad,

@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
 
 from regate_fx.passes.base import Refused
+from regate_fx.passes.repeats import AliasWritten, RepeatingInterpreter
 
 
 def functional_trace(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[int]]:
@@ -37,12 +38,21 @@ def functional_trace(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.Grap
     """
     if next(gm.parameters(), None) is not None or next(gm.buffers(), None) is not None:
         raise Refused("mutation", "the graph holds a parameter or buffer that is not a graph input")
+    try:
+        return _traced(gm, inputs, RepeatingInterpreter)
+    except AliasWritten:
+        return _traced(gm, inputs, PropagateUnbackedSymInts)
+
+
+def _traced(
+    gm: fx.GraphModule, inputs: Sequence[Any], interpreter: type[fx.Interpreter]
+) -> tuple[fx.GraphModule, list[int]]:
     mutated: list[int] = []
 
     def functional(*arguments: Any) -> tuple[Any, ...]:
         with _no_functionalize_key():
             wrapped = pytree.tree_map(to_fun, arguments)
-            outputs = PropagateUnbackedSymInts(gm).run(*wrapped)
+            outputs = interpreter(gm).run(*wrapped)
         tensors = [(i, value) for i, value in enumerate(wrapped) if isinstance(value, Tensor)]
         if any(
             has_metadata_mutation(value, arguments[i], check_only_storage_mutation=False)

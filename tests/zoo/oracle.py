@@ -19,6 +19,7 @@ import torch
 from comparison import Outcome
 from oracles import _forget_gradients, _gradients, _token_losses
 from small_models import Batch
+from text_batches import UserMaskBatch
 from torch import Tensor, nn
 from transformers import masking_utils
 
@@ -46,7 +47,7 @@ def run_masked(
     _forget_gradients(model, batch)
     masked = _only_in(gated, batch.active) if gated else keys_masked(batch.active)
     with masked, _constant_where_elided(gated, batch.active):
-        out = model(**batch.model_inputs(), labels=labels, **no_cache(model))
+        out = model(**_hiding(batch).model_inputs(), labels=labels, **no_cache(model))
     loss = out.loss if counted.any() else (out.logits * 0).sum()
     loss.backward()
     logits = out.logits.detach()
@@ -54,6 +55,11 @@ def run_masked(
     return Outcome(
         loss.detach(), _token_losses(small, logits, labels), counted, _gradients(model, batch), logits
     )
+
+
+def _hiding(batch: Batch) -> Batch:
+    """The same batch; where its user says which keys are seen, elided ones are not."""
+    return batch.hidden() if isinstance(batch, UserMaskBatch) else batch
 
 
 def counted_labels(batch: Batch, shifted: bool) -> Tensor:
@@ -145,11 +151,12 @@ def is_shifted(model: nn.Module, batch: Batch) -> bool:
 def check_elided_is_unseen(model: nn.Module, batch: Batch, words: range) -> None:
     """Raise `Unmasked` unless other ids at elided positions leave the oracle's active logits alone."""
     other = torch.randint(words.start, words.stop, batch.input_ids.shape)
-    changed = {**batch.model_inputs(), "input_ids": torch.where(batch.active, batch.input_ids, other)}
+    inputs = _hiding(batch).model_inputs()
+    changed = {**inputs, "input_ids": torch.where(batch.active, batch.input_ids, other)}
     with keys_masked(batch.active) as seen, torch.no_grad():
-        first = model(**batch.model_inputs(), **no_cache(model)).logits
+        first = model(**inputs, **no_cache(model)).logits
         second = model(**changed, **no_cache(model)).logits
-    if not seen:
+    if not seen and not isinstance(batch, UserMaskBatch):
         raise Unmasked("it makes its masks elsewhere")
     if not torch.allclose(first[batch.active], second[batch.active], rtol=1e-4, atol=1e-4):
         raise Unmasked("elided tokens reach active ones outside attention")

@@ -1,4 +1,4 @@
-"""Write rows of `run.py` as RESULTS.md: totals, and one line for each architecture."""
+"""Write rows of `run.py` as RESULTS.md or WAYS.md: totals, and a line for each architecture or way."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ COLUMNS = ("model type", "varlen", "compact", "dense", "traces", "error", "oracl
 _TITLES = {"causal": "Causal language models", "image": "Image-text-to-text models, given text"}
 
 
-def write(rows: Rows, batches: int | None, machine: str, path: Path) -> None:
-    """machine: what the run was made with, a line. batches: how many were checked of each, None for all."""
+def write(rows: Rows, batches: int | None, made_with: str, path: Path) -> None:
+    """made_with: command, versions and date. batches: how many were checked of each, None for all."""
     checked = "every batch" if batches is None else f"the first {batches} of the batches"
     lines = [
         "# Architectures",
         "",
-        f"`python tests/zoo/run.py{'' if batches is None else f' --batches {batches}'}`, {machine}.",
+        made_with,
         "",
         f"Each architecture is built small from its own configuration, with random weights; {checked} that `check.py` "
         "describes went through a gated step. Its loss, losses by label, set of gradients and gradients are compared "
@@ -32,6 +32,34 @@ def write(rows: Rows, batches: int | None, machine: str, path: Path) -> None:
             (row for row in rows if row["mapping"] == mapping), key=lambda row: row["model_type"]
         )
         lines += ["", f"## {title}", "", *_table(of_mapping)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_ways(rows: Rows, made_with: str, path: Path) -> None:
+    """made_with: command, versions and date."""
+    ran = [row for row in rows if row["status"] != "not built"]
+    ways = Counter(row.get("way") or "died" for row in ran)
+    lines = [
+        "# Ways to run a model",
+        "",
+        made_with,
+        "",
+        "Each architecture is built and compared as for RESULTS.md, run in one of the ways that `ways.py` describes: "
+        "they are taken in turn, and one that an architecture does not know is passed over.",
+        "",
+        "| way | architectures | equal to the oracle | refused | wrong | crashed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for way, count in sorted(ways.items()):
+        statuses = Counter(row["status"] for row in ran if (row.get("way") or "died") == way)
+        numbers = (statuses[status] for status in ("right", "refused", "wrong", "crashed"))
+        lines.append("| " + " | ".join([way, str(count), *map(str, numbers)]) + " |")
+    lines += ["", "Not equal:", "", "| architecture | way | status | reason |", "|---|---|---|---|"]
+    for row in sorted(ran, key=lambda row: (row["mapping"], row["model_type"])):
+        if row["status"] != "right":
+            name = f"{row['mapping']}:{row['model_type']}"
+            cells = [name, row.get("way", ""), row["status"], _plain(row["reason"])]
+            lines.append("| " + " | ".join(cells) + " |")
     path.write_text("\n".join(lines) + "\n")
 
 

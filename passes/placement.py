@@ -141,7 +141,7 @@ class _Placer:
         if kind is Kind.ATTENTION and (reason := self._why_no_kernel(node)) is not None:
             self.placement.no_kernel[node] = reason
             return Layout.COMPACT
-        return Layout.COMPACT if kind is Kind.PAIRS else Layout.PACKED
+        return Layout.COMPACT if kind in (Kind.PAIRS, Kind.SAMPLES) else Layout.PACKED
 
     def _why_no_kernel(self, node: fx.Node) -> str | None:
         """Why an attention operator cannot become the variable-length one, if it cannot."""

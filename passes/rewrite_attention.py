@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import Axes, Token
+from regate_fx.passes.axes import Axes, Token, has_token
 from regate_fx.passes.base import Refused, fake, operator_name
 from regate_fx.passes.contractions import operands_of, with_operand, zeroed
 from regate_fx.passes.layouts import Layout
@@ -119,10 +119,13 @@ def _compact_attention(rewriter: Rewriter, op: Operands) -> fx.Node:
     """The attention operator over slots. Causal order is kept by compaction; other masks are gathered."""
     query, key, value = (rewriter.value(op[name], Layout.COMPACT) for name in ("query", "key", "value"))
     axes = op.axes("query")
-    pairs = Axes((*axes.dims[:-1], (Token.S,)))
+    pairs = Axes((*axes.dims[:-1], op.axes("key").dims[-2]))
     emit = rewriter.emit
     mask = None
-    if not op["is_causal"]:
+    if not has_token(pairs.dims[-1]):  # every slot sees all keys of its sample
+        if op["attn_mask"] is not None:
+            mask = rewriter.value(op["attn_mask"], Layout.COMPACT, pairs)
+    elif not op["is_causal"]:
         valid = rewriter.layouts.valid_at(pairs, len(pairs) - 1)
         mask = valid
         if op["attn_mask"] is not None:

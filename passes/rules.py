@@ -29,6 +29,7 @@ class Kind(enum.Enum):
     """How an operator treats tokens."""
 
     ROWS = "every token row by itself"
+    SAMPLES = "every token row by itself, beside a value of its sample"
     PAIRS = "pairs of positions, or a reduction over positions"
     ATTENTION = "scaled dot-product attention"
     LOSS = "cross entropy over token rows"
@@ -116,6 +117,13 @@ def _bind(node: fx.Node) -> dict[str, Any]:
 def kind_of(result: Axes, *operands: Axes) -> Kind:
     """`PAIRS` where the value or an operand ranges over pairs of positions, else `ROWS`."""
     return Kind.PAIRS if any(axes.sequences > 1 for axes in (result, *operands)) else Kind.ROWS
+
+
+def kind_of_product(result: Axes, *operands: Axes) -> Kind:
+    """`SAMPLES` where rows of tokens are multiplied by values of their samples, which have no positions."""
+    kind = kind_of(result, *operands)
+    beside = any(axes.has_batch and not axes.sequences for axes in operands)
+    return Kind.SAMPLES if kind is Kind.ROWS and result.sequences and beside else kind
 
 
 def rowwise(op: Operands, operands: Sequence[Axes]) -> Verdict:

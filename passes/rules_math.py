@@ -7,7 +7,7 @@ from typing import Any
 
 from regate_fx.passes.axes import Axes, Dim, Token, has_token, merge
 from regate_fx.passes.base import fake, operator_name
-from regate_fx.passes.rules import Kind, Operands, Verdict, kind_of, rowwise, rule
+from regate_fx.passes.rules import Kind, Operands, Verdict, kind_of, kind_of_product, rowwise, rule
 from regate_fx.passes.rules_shape import feature_size, shape_without
 
 
@@ -204,7 +204,7 @@ def product(op: Operands, left: Axes, right: Axes) -> Verdict:
     result = Axes((*batch, left.dims[-2], right.dims[-1]))
     if sum(Token.B in dim for dim in result.dims) > 1:
         raise op.refuse("mixes-tokens", "pairs tokens of different samples")
-    kind = Kind.PAIRS if pairs is Kind.PAIRS else kind_of(result, left, right)
+    kind = Kind.PAIRS if pairs is Kind.PAIRS else kind_of_product(result, left, right)
     return Verdict(result, kind)
 
 
@@ -222,7 +222,7 @@ def _add_product(op: Operands) -> Verdict:
     multiplied = product(op, op.axes(names[0]), op.axes(names[1]))
     assert isinstance(multiplied.axes, Axes)
     summed = rowwise(op, [op.axes("self"), multiplied.axes])
-    return Verdict(summed.axes, Kind.PAIRS if multiplied.kind is Kind.PAIRS else summed.kind)
+    return Verdict(summed.axes, summed.kind if multiplied.kind is Kind.ROWS else multiplied.kind)
 
 
 @rule("aten.einsum")
@@ -244,7 +244,7 @@ def _einsum(op: Operands) -> Verdict:
     result = Axes(tuple(letters[letter] for letter in output))
     if sum(Token.B in dim for dim in result.dims) > 1:
         raise op.refuse("mixes-tokens", "pairs tokens of different samples")
-    kind = Kind.PAIRS if contracted else kind_of(result, *operands)
+    kind = Kind.PAIRS if contracted else kind_of_product(result, *operands)
     shared = [axes for axes in operands if axes.sequences and not axes.has_batch]
     if kind is Kind.PAIRS and shared and result.has_batch and op.symbols.batch != 1:
         # At the active positions it is another one for every sample, and the equation has no letter for that.

@@ -27,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, Guar
 from regate_fx.backend import Captured, Captures, GatingBackend
 from regate_fx.dynamo_settings import TRACE_LIMIT, capture_settings
 from regate_fx.errors import LayerRefusal, NotGateable, Unsupported
-from regate_fx.inputs import own_signature
+from regate_fx.inputs import own_signature, padding_mask_name
 from regate_fx.live import LivePlan
 from regate_fx.outputs import GatedOutput
 from regate_fx.passes.base import Refused
@@ -192,9 +192,10 @@ class CapturedModel:
 
         Without mask and positions, models look for packed documents in positions they have just made themselves.
         """
-        if "attention_mask" not in self._parameters or "position_ids" in inputs or "attention_mask" in inputs:
+        name = padding_mask_name(inputs)
+        if name not in self._parameters or "position_ids" in inputs or name in inputs:
             return inputs
-        return inputs | {"attention_mask": torch.ones_like(plan.row_of)}
+        return inputs | {name: torch.ones_like(plan.row_of)}
 
     def _call(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
         captures = self._backend.captures

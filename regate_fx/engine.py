@@ -25,7 +25,7 @@ from regate_fx.report import Report
 from regate_fx.sharded import find_sharding
 from regate_fx.single_position import lengthen, shorten
 from regate_fx.summary import all_dense, batch_tokens, summarise
-from regate_fx.symbols import BY_POSITION
+from regate_fx.symbols import by_position
 from regate_fx.validation import NOT_RUN, NOT_VALIDATED, SHARDED, VALIDATED, is_random, validate
 
 logger = logging.getLogger("regate_fx")
@@ -101,7 +101,7 @@ class GatedEngine:
 
     def _gated(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
         if plan.row_of.shape[1] == 1:
-            return shorten(self._once_long(*lengthen(plan, inputs, BY_POSITION)))
+            return shorten(self._once_long(*lengthen(plan, inputs, by_position(inputs))))
         return self._once_long(plan, inputs, is_long=True)
 
     def _once_long(self, plan: TokenPlan, inputs: dict[str, Any], is_long: bool = False) -> GatedOutput:

@@ -53,7 +53,7 @@ def explain(
         _check_share("output_share", output_share, output_share >= 0)
     original = ungated(model)
     inputs = {name: _alias(value) for name, value in inputs.items() if value is not None}
-    mask_name, tokens = decoder_input(own_signature(original), inputs)
+    mask_name, tokens = decoder_input(own_signature(original), inputs, getattr(original, "config", None))
     batch, expected = _expected(tokens, inputs.get(mask_name), inputs.get("labels"), keep, output_share)
     report = _captured(original, inputs | _labels(original, inputs, tokens), tokens, batch)
     report.expected = expected

@@ -103,7 +103,7 @@ def check_call(
     if not by_default:
         inputs["return_dict"] = True
     _refuse(inputs, config)
-    mask_name, tokens = decoder_input(signature, inputs)
+    mask_name, tokens = decoder_input(signature, inputs, config)
     B, S = tokens.shape[:2]
     checked = check_token_mask(token_mask, B, S, tokens.device)
     attention_mask = _padding_mask(mask_name, inputs.get(mask_name), tokens)
@@ -137,10 +137,12 @@ def _refuse(inputs: Mapping[str, Any], config: object) -> None:
         raise Unsupported(f"{refused.argument}{shown} with token_mask", refused.why, refused.remedy)
 
 
-def decoder_input(signature: Signature, inputs: Mapping[str, Any]) -> tuple[str, Tensor]:
+def decoder_input(
+    signature: Signature, inputs: Mapping[str, Any], config: object = None
+) -> tuple[str, Tensor]:
     """The name of the decoder's padding mask, and its input: ids [B, S] or embeddings [B, S, D]."""
-    two_stacks = "decoder_input_ids" in signature.parameters
-    prefix = "decoder_" if two_stacks else ""
+    two_stacks = "decoder_input_ids" in signature.parameters and _may_have_encoder(config)
+    prefix = "decoder_" if two_stacks or feeds_decoder(inputs) else ""
     ranks = {f"{prefix}input_ids": 2, f"{prefix}inputs_embeds": 3}
     for name, rank in ranks.items():
         tokens = inputs.get(name)
@@ -157,9 +159,25 @@ def decoder_input(signature: Signature, inputs: Mapping[str, Any]) -> tuple[str,
     )
 
 
+def _may_have_encoder(config: object) -> bool:
+    """False where a config says that neither the model nor its language model has one (BLIP-2 over OPT, say)."""
+    parts = [part for part in (config, getattr(config, "text_config", None)) if part is not None]
+    return not parts or any(getattr(part, "is_encoder_decoder", False) for part in parts)
+
+
+def feeds_decoder(inputs: Mapping[str, Any]) -> bool:
+    """Whether a call has an input for a decoder, so that `input_ids` and `attention_mask` are an encoder's."""
+    return any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+
+
+def padding_mask_name(inputs: Mapping[str, Any]) -> str:
+    """The argument that says which of the decoder's positions are padding."""
+    return "decoder_attention_mask" if feeds_decoder(inputs) else "attention_mask"
+
+
 def padding_of(inputs: Mapping[str, Any]) -> Tensor | None:
     """The padding mask [B, S] among the checked inputs of a call; None without one, or with one over pairs."""
-    mask = inputs.get("attention_mask")
+    mask = inputs.get(padding_mask_name(inputs))
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 

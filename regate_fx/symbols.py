@@ -5,19 +5,28 @@ Shapes: B samples, S positions, N active positions, L the most active positions 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from regate_fx.inputs import feeds_decoder
 from regate_fx.plan import TokenPlan
 
-# Inputs that by the transformers convention have one entry per position, and where B and S stand in them.
-BY_POSITION = {
-    "input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids", "token_type_ids", "mm_token_type_ids",
-    "decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "shift_labels",
+# Inputs that by the transformers convention have one entry per position.
+_INPUTS = {
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids",
 }  # fmt: skip
+_DECODER_INPUTS = {
+    "decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "decoder_position_ids",
+}  # fmt: skip
+_LABELS = {"labels", "shift_labels"}
+
+
+def by_position(inputs: Mapping[str, Any]) -> set[str]:
+    """Names of a call's inputs that have an entry for each of the decoder's positions."""
+    return _LABELS | (_DECODER_INPUTS if feeds_decoder(inputs) else _INPUTS)
 
 
 def mark_sizes(plan: TokenPlan, inputs: dict[str, Any]) -> tuple[tuple[str, int, int], ...]:
@@ -28,12 +37,16 @@ def mark_sizes(plan: TokenPlan, inputs: dict[str, Any]) -> tuple[tuple[str, int,
     for tensor in plan.tensors():
         _mark(tensor, range(tensor.dim()))
     ties: list[tuple[str, int, int]] = []
+    named = by_position(inputs)
     for name, value in inputs.items():
         if not isinstance(value, Tensor):
             continue
-        dims = _token_dims(name, value, plan.row_of)
+        if name in _INPUTS - named:
+            dims = _encoder_dims(value, len(plan.row_of))
+        else:
+            dims = _token_dims(name, value, plan.row_of) if name in named else []
         _mark(value, [dim for dim, _ in dims])
-        ties.extend((name, dim, axis) for dim, axis in dims)
+        ties.extend((name, dim, axis) for dim, axis in dims if axis is not None)
     return tuple(ties)
 
 
@@ -43,19 +56,26 @@ def _mark(tensor: Tensor, dims: Iterable[int]) -> None:
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
-def _token_dims(name: str, value: Tensor, row_of: Tensor) -> list[tuple[int, int]]:
+def _encoder_dims(value: Tensor, batch: int) -> list[tuple[int, int | None]]:
+    """Dimensions of an encoder's input that vary: its samples are the decoder's, its positions are not."""
+    if value.dim() < 2 or value.shape[0] != batch:
+        return []
+    return [(0, 0), (1, None)]
+
+
+def _token_dims(name: str, value: Tensor, row_of: Tensor) -> list[tuple[int, int | None]]:
     """Pairs (dimension, 0 for B or 1 for S) of an input."""
     batch, length = row_of.shape
-    if name == "inputs_embeds":
+    if name.endswith("inputs_embeds"):
         return [(0, 0), (1, 1)]
     if value.is_floating_point() and value.dim() != 4:
         return []
-    if name in BY_POSITION and value.dim() >= 2 and value.shape[-1] == length:
-        dims = [(value.dim() - 1, 1)]
-        if value.dim() == 4 and value.shape[2] == length:
-            dims.append((2, 1))
-        batch_dim = value.dim() - 2 if value.dim() < 4 else 0
-        if value.shape[batch_dim] == batch:
-            dims.append((batch_dim, 0))
-        return dims
-    return []
+    if value.dim() < 2 or value.shape[-1] != length:
+        return []
+    dims: list[tuple[int, int | None]] = [(value.dim() - 1, 1)]
+    if value.dim() == 4 and value.shape[2] == length:
+        dims.append((2, 1))
+    batch_dim = value.dim() - 2 if value.dim() < 4 else 0
+    if value.shape[batch_dim] == batch:
+        dims.append((batch_dim, 0))
+    return dims

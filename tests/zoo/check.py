@@ -22,7 +22,7 @@ from comparison import Comparison, Outcome, compare
 from entries import Built, Entry, NotBuilt, build
 from oracle import Unmasked, check_elided_is_unseen, is_shifted, run_masked
 from oracles import _AllInFloat64, _forget_gradients, _gradients
-from pictures import PictureBatch
+from pictures import DecoderBatch, PictureBatch
 from shrink import WORDS
 from small_models import Batch
 from text_batches import UserMaskBatch, text_batch
@@ -201,7 +201,7 @@ class _Oracle:
                 precise.set_experts_implementation("eager")
         if batch.inputs_embeds is not None:
             batch = replace(batch, inputs_embeds=batch.inputs_embeds.detach().double().requires_grad_())
-        if isinstance(batch, (PictureBatch, UserMaskBatch)):
+        if isinstance(batch, (PictureBatch, DecoderBatch, UserMaskBatch)):
             batch = batch.double()
         paths = {id(module): path for path, module in self.model.named_modules()}
         held = [precise.get_submodule(paths[id(module)]) for module in self.gated_modules]

@@ -61,9 +61,10 @@ class Built:
 def build(entry: Entry, seed: int = 0) -> Built:
     """A float32 model in training mode without dropout, its random weights far enough from zero.
 
-    A configuration that makes a vision-language model see pictures goes before one that only reads. Raises `NotBuilt`.
+    A configuration with attention goes before one without, and one that makes a vision-language model see pictures
+    before one that only reads. Raises `NotBuilt`.
     """
-    reading: Built | None = None
+    lesser: Built | None = None
     first: Exception | None = None
     for config in _configs(entry.model_type):
         try:
@@ -71,12 +72,17 @@ def build(entry: Entry, seed: int = 0) -> Built:
         except Exception as error:
             first = first or error
             continue
-        if found.pictures is not None or entry.mapping == "causal":
+        sees = found.pictures is not None or entry.mapping == "causal"
+        if sees and _has_attention(found.model):
             return found
-        reading = reading or found
-    if reading is None:
+        lesser = lesser or found
+    if lesser is None:
         raise NotBuilt(f"{type(first).__name__}: {first}".partition("\n")[0]) from first
-    return reading
+    return lesser
+
+
+def _has_attention(model: nn.Module) -> bool:
+    return any("attention" in type(module).__name__.lower() for module in model.modules())
 
 
 def _tried(model: nn.Module, sees: bool) -> Built:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -152,7 +153,8 @@ def check_elided_is_unseen(model: nn.Module, batch: Batch, words: range) -> None
     """Raise `Unmasked` unless other ids at elided positions leave the oracle's active logits alone."""
     other = torch.randint(words.start, words.stop, batch.input_ids.shape)
     inputs = _hiding(batch).model_inputs()
-    changed = {**inputs, "input_ids": torch.where(batch.active, batch.input_ids, other)}
+    ids = torch.where(batch.active, batch.input_ids, other)
+    changed = _hiding(replace(batch, input_ids=ids)).model_inputs()
     with keys_masked(batch.active) as seen, torch.no_grad():
         first = model(**inputs, **no_cache(model)).logits
         second = model(**changed, **no_cache(model)).logits

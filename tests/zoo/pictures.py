@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from shrink import PAD, WORDS
 from small_models import Batch, Side
+from text_batches import text_batch
 from torch import Tensor, nn
 
 NO_LABEL = -100
@@ -50,8 +51,26 @@ class PictureBatch(Batch):
 
     def double(self) -> PictureBatch:
         """The same with pictures in float64."""
-        wide = {name: x.double() if x.is_floating_point() else x for name, x in self.pictures.items()}
-        return replace(self, pictures=wide)
+        return replace(self, pictures=_double(self.pictures))
+
+
+@dataclass(frozen=True)
+class DecoderBatch(Batch):
+    """What the decoder of an encoder-decoder reads. encoder: what its encoder is given beside it."""
+
+    encoder: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        own = {f"decoder_{name}": value for name, value in super().model_inputs().items()}
+        return {**self.encoder, **own}
+
+    def double(self) -> DecoderBatch:
+        """The same with pictures in float64."""
+        return replace(self, encoder=_double(self.encoder))
+
+
+def _double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 def find_pictures(model: nn.Module, count: int) -> Pictures:
@@ -183,8 +202,28 @@ def _placeholder(model: nn.Module) -> int | None:
 
 def picture_batch(
     model: nn.Module, pictures: Pictures, generator: torch.Generator, padding: Side, share: float = 0.6
+) -> PictureBatch | DecoderBatch:
+    """Words, a picture and more words in each sample; an encoder-decoder has its encoder read them."""
+    batch = _picture_batch(model, pictures, generator, padding, share)
+    if not _has_encoder(model):
+        return batch
+    text = text_batch(generator, _count(pictures), 7, padding, share)
+    if "decoder_attention_mask" not in inspect.signature(model.forward).parameters:
+        text = replace(text, attention_mask=None)
+    return DecoderBatch(**vars(text), encoder=batch.model_inputs())
+
+
+def _has_encoder(model: nn.Module) -> bool:
+    """Whether the model's text is written by a decoder that reads what an encoder made."""
+    configs = (model.config, getattr(model.config, "text_config", None))
+    takes = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    return takes and any(getattr(config, "is_encoder_decoder", False) for config in configs)
+
+
+def _picture_batch(
+    model: nn.Module, pictures: Pictures, generator: torch.Generator, padding: Side, share: float
 ) -> PictureBatch:
-    """Words, a picture and more words in each sample; the mask keeps all of the picture."""
+    """The mask keeps all of the picture."""
     B = _count(pictures)
     lengths = torch.randint(4, 9, (B, 2), generator=generator)
     rows = [_row(model, pictures.tokens, before, after, generator) for before, after in lengths.tolist()]

@@ -76,6 +76,7 @@ class CapturedModel:
         self.last: tuple[TokenPlan, Tensor | None] | None = None
         self.has_run = self._may_run = False
         self._is_checking = False
+        self._by_sample = False
         self._live = LivePlan()
         self._start(whole=True)
 
@@ -109,7 +110,7 @@ class CapturedModel:
 
     def __call__(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
         try:
-            return self._call(plan, inputs)
+            return self._varying(plan, inputs)
         except (NotGateable, *_NOT_WHOLE) as error:
             # A break in the graph makes a model several graphs: the plan has to enter each, and a size that
             # passes from one to the next is taken for a constant.
@@ -146,10 +147,9 @@ class CapturedModel:
             return
         self._backend.stops = True
         try:
-            self._call(plan, inputs)
+            self._varying(plan, inputs)
         except Captured:
             captures = self._backend.captures
-            self.check_captures(inputs.get("labels") is not None, captures.refusals)
             self.graphs = fuller(captures.runs, self.graphs)
         except (NotGateable, *_NOT_WHOLE) as error:
             if not self._may_break(error):
@@ -157,6 +157,25 @@ class CapturedModel:
         finally:
             self._backend.stops = False
         self._may_run = True
+
+    def _varying(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
+        """A call; where the batch size came out as that of a constant input, in a capture in which that varies too."""
+        try:
+            return self._checked(plan, inputs)
+        except NotGateable as error:
+            if self._by_sample or all(refusal.code != "static-batch" for refusal in error.refusals):
+                raise
+            self._by_sample, stops = True, self._backend.stops
+            self._start(self._whole)
+            self._backend.stops = stops
+            return self._checked(plan, inputs)
+
+    def _checked(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
+        try:
+            return self._call(plan, inputs)
+        except Captured:
+            self.check_captures(inputs.get("labels") is not None, self._backend.captures.refusals)
+            raise
 
     def untouched(self, plan: TokenPlan, inputs: dict[str, Any]) -> Any:
         """The output of the user's own model in eager mode, which takes no notice of the plan."""
@@ -201,7 +220,7 @@ class CapturedModel:
         captures = self._backend.captures
         inputs = self._with_padding_mask(plan, inputs)
         seen = captures.graphs, len(captures.refusals), len(captures.runs)
-        ties = mark_sizes(plan, inputs)
+        ties = mark_sizes(plan, inputs, self._by_sample)
         labelled = inputs.get("labels") is not None
         wants_logits = self.options.keep_logits or not labelled
         self._live.enter(plan, inputs)

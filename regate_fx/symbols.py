@@ -29,10 +29,13 @@ def by_position(inputs: Mapping[str, Any]) -> set[str]:
     return _LABELS | (_DECODER_INPUTS if feeds_decoder(inputs) else _INPUTS)
 
 
-def mark_sizes(plan: TokenPlan, inputs: dict[str, Any]) -> tuple[tuple[str, int, int], ...]:
+def mark_sizes(
+    plan: TokenPlan, inputs: dict[str, Any], by_sample: bool = False
+) -> tuple[tuple[str, int, int], ...]:
     """Make B, S, N and L symbols of the capture, and say which inputs share B and S with the plan.
 
-    A size of one is left to Dynamo, which specialises it.
+    A size of one is left to Dynamo, which specialises it. by_sample: other inputs as long as the batch may have an
+    entry for each sample, as pictures do that a decoder attends to; whether they do is left to the capture to find.
     """
     for tensor in plan.tensors():
         _mark(tensor, range(tensor.dim()))
@@ -45,6 +48,8 @@ def mark_sizes(plan: TokenPlan, inputs: dict[str, Any]) -> tuple[tuple[str, int,
             dims = _encoder_dims(value, len(plan.row_of))
         else:
             dims = _token_dims(name, value, plan.row_of) if name in named else []
+            if not dims and by_sample and value.dim() and len(value) == len(plan.row_of):
+                dims = [(0, None)]
         _mark(value, [dim for dim, _ in dims])
         ties.extend((name, dim, axis) for dim, axis in dims if axis is not None)
     return tuple(ties)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from check import check
 from entries import ENTRIES, Entry
+from ways import WAYS
 
 # By what is special about them; none is among the models that other tests build by hand.
 GATED = (
@@ -26,11 +27,31 @@ GATED = (
     "causal:phi3",  # fused projections
     "causal:minicpm3",  # residual multipliers
     "causal:modernbert-decoder",  # alternating windows
+    "causal:dory",
+    "causal:hrm_text",  # layers that run several times
     "image:paligemma",  # prefix attention
     "image:deepseek_vl",
     "image:cosmos3_omni",  # three-dimensional positions
 )
+PICTURES = (
+    "image:llava",
+    "image:llava_next",  # pictures in several parts
+    "image:qwen2_5_vl",  # windows in the vision half, three-dimensional positions
+    "image:aria",  # experts
+    "image:instructblip",  # features queried from pictures
+    "image:pp_formulanet",  # a decoder that attends to pictures
+    "image:blip",  # the same, attention written by hand
+)
 HYBRID = ("causal:qwen3_next", "causal:lfm3")
+WAYS_OF = {
+    "checkpointing": "causal:exaone4",
+    "bfloat16_autocast": "causal:olmo2",
+    "lora": "causal:granite",
+    "custom_mask": "causal:starcoder2",
+    "positions": "causal:gptj",
+    "packed": "causal:smollm3",
+    "layer_by_layer": "causal:glm4",
+}
 REFUSED = {
     "causal:deepseek_v32": "aten.topk picks the largest along token positions",
     "causal:falcon_mamba": "aten.conv1d",
@@ -46,6 +67,24 @@ def entry(name: str) -> Entry:
 @pytest.mark.parametrize("name", GATED)
 def test_every_layer_is_gated_and_right(name: str) -> None:
     row = check(entry(name), batches=2)
+    assert row.status == "right", row
+    assert row.oracle == "masks replaced"
+    assert not row.kinds.get("dense"), row
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_layer_is_gated_with_pictures(name: str) -> None:
+    row = check(entry(name), batches=2)
+    assert row.pictures == "seen"
+    assert row.status == "right", row
+    assert row.oracle == "masks replaced"
+    assert not row.kinds.get("dense"), row
+
+
+@pytest.mark.parametrize("way", WAYS_OF)
+def test_ways_to_run_a_model(way: str) -> None:
+    row = check(entry(WAYS_OF[way]), batches=2, way=list(WAYS).index(way))
+    assert row.way == way
     assert row.status == "right", row
     assert row.oracle == "masks replaced"
     assert not row.kinds.get("dense"), row

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from regate_fx.passes.base import PassContext, PassResult, Refused, operator_name, reads_number
+from regate_fx.passes.bounds import take_bounds
 from regate_fx.passes.casts import pin_casts, release_casts
 from regate_fx.passes.detached_writes import part_detached
 from regate_fx.passes.dropouts import free_dropouts
@@ -33,7 +34,8 @@ class Functionalize:
     Cures what normalisation itself would break: an `autograd.Function` keeps its own backward (the node is carried
     through whole), what dropout returns and what was detached may be written to, writes to inputs are appended again as
     `copy_`, the functional `aten.copy` (which has no derivative) becomes a cast and expand of its source, and dtype
-    asserts, which contradict in-graph autocast, are dropped. Any other higher-order operator is refused.
+    asserts, which contradict in-graph autocast, are dropped. Any other higher-order operator is refused. Writes that
+    clamp a parameter become `Bound`s in the findings, to be applied before the graph.
     """
 
     name: str = "functionalize"
@@ -42,6 +44,7 @@ class Functionalize:
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         expand_vmaps(gm)
         _refuse_higher_order(gm)
+        ctx.findings["bounds"] = take_bounds(gm)
         refuse_writes_without_grad(gm)
         part_detached(gm)
         shielded = shield(gm)

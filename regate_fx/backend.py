@@ -13,9 +13,10 @@ from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from regate_fx.errors import NotGateable, PassFailed
+from regate_fx.errors import LayerRefusal, NotGateable, PassFailed
 from regate_fx.layerwise import LayerwiseGraph, compile_parts
 from regate_fx.passes.base import Pass, PassContext, Refused
+from regate_fx.passes.bounds import Bound
 from regate_fx.passes.pipeline import (
     ANALYSE,
     FINISH,
@@ -79,6 +80,10 @@ class GatingBackend:
         run = self._rewrite(gm, normalised)
         if run is None:
             return self._stopping(self._compiler()(gm, example_inputs))
+        bounds: tuple[Bound, ...] = run.context.findings["bounds"]
+        if bounds and self.sharding is not None:
+            reason = "the model clamps a parameter as it runs, which here is a stand-in for a sharded one"
+            raise NotGateable([LayerRefusal(None, "sharded-write", reason)])
         compiled = self._compile(run, example_inputs)
         reference = functools.cache(lambda: _dense_reference(normalised))
         ran = self.captures.ran
@@ -87,6 +92,8 @@ class GatingBackend:
             ran.append(run)
             if self.stops:
                 raise Captured
+            for bound in bounds:
+                bound.apply(args)
             if self.sharding is not None and isinstance(compiled, LayerwiseGraph):
                 return self.sharding.run(compiled, args)
             return (reference() if self.is_referring else compiled)(*args)

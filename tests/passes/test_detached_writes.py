@@ -70,7 +70,7 @@ def changes_a_value_with_history(w: Small, x: Tensor) -> Tensor:
 
 
 def changes_a_parameter(w: Small, x: Tensor) -> Tensor:
-    w.up.weight.data.clamp_(-0.1, 0.1)
+    w.up.weight.data.mul_(0.5)
     return w.up(x)
 
 

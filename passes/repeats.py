@@ -279,7 +279,9 @@ def _settings(operands: Sequence[_Operand]) -> Hashable:
     """What else decides how a call is recorded."""
     devices = {operand.node.meta["val"].device.type for operand in operands}
     autocast = {
-        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices
+        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in devices
+        if torch.amp.is_autocast_available(device)
     }
     return torch.is_grad_enabled(), frozenset(autocast)
 

@@ -35,7 +35,7 @@ Compiled = Callable[..., Any]
 
 
 class Captured(BaseException):
-    """Raised in place of running a captured graph, where only the capture was asked for. No error."""
+    """Raised in place of running a captured graph that is refused, or that only was to be captured. No error."""
 
 
 @dataclass
@@ -78,6 +78,8 @@ class GatingBackend:
         self.captures.graphs += 1
         normalised: list[fx.GraphModule] = []
         run = self._rewrite(gm, normalised)
+        if run is None and self.whole:
+            return _refused  # and so is the model: to compile this graph would be in vain
         if run is None:
             return self._stopping(self._compiler()(gm, example_inputs))
         bounds: tuple[Bound, ...] = run.context.findings["bounds"]
@@ -152,6 +154,10 @@ class GatingBackend:
 
     def _compiler(self) -> Compiled:
         return lookup_backend(self.compiler) if isinstance(self.compiler, str) else self.compiler
+
+
+def _refused(*args: Any) -> Any:
+    raise Captured
 
 
 def _refuse_sizes_from_data(gm: fx.GraphModule) -> None:

@@ -54,7 +54,7 @@ def plainly(built: Built) -> Prepared:
 
 def checkpointing(built: Built) -> Prepared:
     """Layers computed again in the backward pass."""
-    plain = copy.deepcopy(built.model)
+    plain = _copy(built.model)
     try:
         built.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     except ValueError as error:
@@ -151,10 +151,17 @@ def applied(built: Built, first: int) -> tuple[str, Prepared]:
     for step in range(len(names)):
         name = names[(first + step) % len(names)]
         try:
-            return name, WAYS[name](replace(built, model=copy.deepcopy(built.model)))
+            return name, WAYS[name](replace(built, model=_copy(built.model)))
         except NotApplicable:
             continue
     raise NotApplicable("no way applies")
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:  # a model that keeps states of its last run
+        raise NotApplicable(_first_line(error)) from error
 
 
 def _prepared(

@@ -34,6 +34,8 @@ def _prepare() -> None:
     import torch
 
     torch.set_num_threads(1)
+    # With sizes that are symbols, and no layer like another, keys of the cache cost more than what it saves.
+    torch._dynamo.config.fake_tensor_cache_enabled = False
     signal.signal(signal.SIGALRM, _stop)
 
 

@@ -179,9 +179,14 @@ class RepeatingInterpreter(fx.Interpreter):
         written = [t for t, old, new in zip(tensors, before, after, strict=True) if old != new]
         if any(_storage(tensor) in self._viewed for tensor in written):
             raise AliasWritten
-        if call.key is not None and not written:
+        if call.key is not None and not written and all(map(self._is_as_before, call.operands)):
             self._records[call.key] = self._recorded(last, call.operands, result)
         return result
+
+    def _is_as_before(self, operand: _Operand) -> bool:
+        """False where a call changed the shape or strides of a tensor, as `unsqueeze_` does: copies would not."""
+        now = self._operand(operand.value)
+        return now.node is operand.node and now.key == operand.key
 
     def _recorded(self, last: fx.Node, operands: Sequence[_Operand], result: Any) -> _Record | None:
         """The record of the call that just ran, whose nodes follow `last`; None where it cannot be copied."""
@@ -270,6 +275,7 @@ class RepeatingInterpreter(fx.Interpreter):
             proxy = fx.Proxy(copy.node, self._tracer)
             track_tensor_tree(inner, proxy, constant=None, tracer=self._tracer)
             copy.tensor = to_fun(inner)
+            inner.requires_grad_(copy.leaf.value.requires_grad)
             if copy.leaf.bases or copy.is_viewed:
                 self._viewed.add(_storage(copy.tensor))
         return copy.tensor

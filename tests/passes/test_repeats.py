@@ -163,3 +163,14 @@ def test_a_run_is_void_where_a_copied_view_or_its_base_is_written_to(
 ) -> None:
     assert_as_eager(module_of(steps, 3), ids, tolerance=1e-6)
     assert bool(counting.void) is void
+
+
+def test_changes_of_shape_in_place_are_made_each_time(ids: dict[str, Tensor]) -> None:
+    def body(w: Small, x: Tensor) -> Tensor:
+        for _ in range(3):
+            y = x * 1.5
+            y.unsqueeze_(0)
+            x = w.up(y.sum(0)) + y[0]
+        return x
+
+    assert_as_eager(Small(body), ids, tolerance=1e-6)

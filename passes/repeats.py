@@ -59,9 +59,9 @@ class _Operand(NamedTuple):
 
 @dataclass(frozen=True)
 class _Record:
-    """What a call recorded: nodes, their inputs by operand number, and its result with `_Leaf`s for tensors.
+    """What a call recorded: its nodes, those of its operands, and its result, flat.
 
-    A result that is operand i itself is the int i.
+    leaves: a `_Leaf` for a tensor that the call made, the int i for operand i itself, and (value,) for other values.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -220,7 +220,7 @@ class RepeatingInterpreter(fx.Interpreter):
             raise Undecided
         inner: Any = from_fun(leaf)
         own = _storage(leaf)
-        bases = tuple(index for index, base in enumerate(operands) if _storage(_tensor(base.value)) == own)
+        bases = tuple(index for index, base in enumerate(operands) if _storage(_made_of(base)) == own)
         return _Leaf(nodes.index(operand.node), inner, leaf.requires_grad, operand.key, bases)
 
     # -- copying -----------------------------------------------------------------------------------------
@@ -315,8 +315,8 @@ def _name(node: fx.Node) -> str | None:
     return target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else None
 
 
-def _tensor(value: Any) -> Any:
-    return value.tensor if isinstance(value, _Copy) else value
+def _made_of(operand: _Operand) -> Any:
+    return operand.value.tensor if isinstance(operand.value, _Copy) else operand.value
 
 
 def _storage(tensor: Any) -> StorageWeakRef:

@@ -222,7 +222,7 @@ def _add_product(op: Operands) -> Verdict:
     multiplied = product(op, op.axes(names[0]), op.axes(names[1]))
     assert isinstance(multiplied.axes, Axes)
     summed = rowwise(op, [op.axes("self"), multiplied.axes])
-    return Verdict(summed.axes, summed.kind if multiplied.kind is Kind.ROWS else multiplied.kind)
+    return Verdict(summed.axes, multiplied.kind if summed.kind is Kind.ROWS else summed.kind)
 
 
 @rule("aten.einsum")

@@ -34,7 +34,7 @@ class UserMaskBatch(Batch):
         return replace(self, mask=self.mask.where(self.active[:, None, None, :], lowest), shown=True)
 
     def double(self) -> UserMaskBatch:
-        return replace(self, mask=self.mask.double().clamp(min=torch.finfo(torch.float64).min))
+        return replace(self, mask=self.mask.double())
 
 
 def text_batch(generator: torch.Generator, B: int, S: int, padding: Side, share: float = 0.6) -> Batch:

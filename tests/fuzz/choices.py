@@ -26,6 +26,12 @@ ODD: Weights = {
     "by_count": 1, "by_row_number": 0.5, "zeroed": 1,
 }  # fmt: skip
 
+# What a layer reads of a memory that comes with each sample; the last reads tokens into the memory first.
+CROSS: Weights = {
+    "none": 40, "sdpa": 1, "sdpa_masked": 1, "scores": 1, "scores_masked": 1, "einsum": 0.6, "mha": 0.6, "mean": 0.6,
+    "first": 0.4, "through_memory": 0.8,
+}  # fmt: skip
+
 LAYER: dict[str, Weights] = {
     "attend": {"sdpa_bool": 2, "sdpa": 2, "sdpa_causal": 2, "scores": 6, "mha": 1, "mha_weights": 0.6},
     "scores": {
@@ -62,6 +68,7 @@ LAYER: dict[str, Weights] = {
     "dropout": {False: 4, True: 1},
     "odd": ODD,
     "odd_at": {"mlp": 1, "attention": 1, "residual": 1},
+    "cross": CROSS,
     "mix": MIXING | {"none": 260},
     "mix_at": {"mlp": 1, "attention": 1, "input": 1, "values": 0.7, "beside": 1},
 }  # fmt: skip
@@ -96,6 +103,7 @@ DECODER: dict[str, Weights] = {
         "scaled": 0.4, "padding_ignored": 0.2, "with_penalty": 0.3, "classes_second": 0.08, "by_hand": 0.08,
         "two_losses": 0.08, "log_softmax": 0.08, "sum_by_count": 0.1, "sum_by_batch": 0.1, "masked_by_labels": 0.1,
     },
+    "memory_by": {"caller": 1, "ids": 1, "encoder": 1},
     "before": MIXING | {"none": 800},
     "after": MIXING | {"none": 800},
     "scope": {"model": 8, "layers": 1},

@@ -1,6 +1,6 @@
 """The model of a program: embeddings, layers, head and loss.
 
-Shapes: B samples, S positions, D width, H heads, V vocabulary.
+Shapes: B samples, S positions, K positions of a memory, D width, H heads, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from blocks import norm
+from cross import Memory
 from layers import Block
 from mixing import LONGEST, Mix
 from program import Program
@@ -49,6 +50,7 @@ class Decoder(nn.Module):
         self.mix_before, self.mix_after = Mix(program.before, D), Mix(program.after, D)
         self.final_norm = norm("rms", D, program.float32) if program.final_norm else nn.Identity()
         self.head = nn.Linear(D, VOCABULARY, bias=not program.tied)
+        self.memory = Memory(program.memory_by, VOCABULARY, D) if program.crosses else None
         self.second_head = nn.Linear(D, VOCABULARY)
         if program.tied:
             self.head.weight = self.embed.weight
@@ -56,12 +58,20 @@ class Decoder(nn.Module):
         self.register_buffer("causal", torch.ones(LONGEST, LONGEST, dtype=torch.bool).tril())
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         B, S = input_ids.shape
         padding = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         x = self._embedded(input_ids, padding)
-        x = self._through_layers(from_grid(x, self.program.layout), input_ids, padding)
+        keys = None if memory_mask is None else memory_mask.bool()
+        if self.memory is not None:
+            memory = self.memory(memory, keys)
+        x = self._through_layers(from_grid(x, self.program.layout), input_ids, padding, memory, keys)
         x = to_grid(x, self.program.layout, B, S)
         if self.program.after != "none":
             x = self.mix_after(x, padding)
@@ -154,7 +164,9 @@ class Decoder(nn.Module):
 
     # -- layers ------------------------------------------------------------------------------------------------
 
-    def _through_layers(self, x: Tensor, ids: Tensor, padding: Tensor) -> Tensor:
+    def _through_layers(
+        self, x: Tensor, ids: Tensor, padding: Tensor, memory: Tensor | None, memory_keys: Tensor | None
+    ) -> Tensor:
         program, layout = self.program, self.program.layout
         positions, bias = self._positions(padding), self._bias(padding, x.dtype)
         rotary: Pair | None = None
@@ -180,7 +192,10 @@ class Decoder(nn.Module):
             keys, causal, visible = masks[kind]
             additive = self._additive(visible, x.dtype) if visible is not None and choice.adds_mask else None
             extra = None if extras is None else from_grid(extras[:, :, number], layout)
-            told = Told(padding, ids, positions, keys, causal, visible, additive, bias, rotary, extra)
+            told = Told(
+                padding, ids, positions, keys, causal, visible, additive, bias, rotary, extra,
+                memory=memory, memory_keys=memory_keys,
+            )  # fmt: skip
             layer = self.layers[number]
             before = state = self._skipped(index, state, outputs)
             if program.checkpoint:

@@ -1,13 +1,13 @@
 """What a gated step of a program must compute, found without the compiler: its own model, run in full, elided keys
 hidden from the attentions of gated layers and what went into those layers held, as a constant, at elided positions.
 
-Shapes: B samples, S positions, V vocabulary.
+Shapes: B samples, S positions, K positions of a memory, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,21 @@ from small_models import Batch
 from torch import Tensor, nn
 
 PAD = 0
+
+
+@dataclass(frozen=True)
+class MemoryBatch(Batch):
+    """A batch with something to read beside the tokens.
+
+    memory: int64 [B, K], or float64 [B, K, D]. memory_mask: int64 [B, K].
+    """
+
+    memory: Tensor | None = None
+    memory_mask: Tensor | None = None
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        assert self.memory is not None and self.memory_mask is not None
+        return super().model_inputs() | {"memory": self.memory, "memory_mask": self.memory_mask}
 
 
 def batches(program: Program) -> list[Batch]:
@@ -33,6 +48,8 @@ def batches(program: Program) -> list[Batch]:
         _batch(generator, B, S, program.padding),
         _batch(generator, 5 - B, others[number(0, len(others) - 1)], "left"),
     ]
+    if program.crosses:
+        found = [_with_memory(generator, batch, program) for batch in found]
     found[1] = _edged(found[1], program.second)
     if program.labels_are_ids:
         found = [replace(batch, labels=batch.input_ids) for batch in found]
@@ -42,8 +59,8 @@ def batches(program: Program) -> list[Batch]:
 def _edged(batch: Batch, kind: str) -> Batch:
     """The batch, or one with sizes of one, for which there are traces of their own."""
     if kind == "one_sample":
-        fields = (batch.input_ids, batch.attention_mask, batch.labels, batch.token_mask)
-        return Batch(*(None if value is None else value[:1] for value in fields))
+        given = {field.name: getattr(batch, field.name) for field in fields(batch)}
+        return replace(batch, **{name: value[:1] for name, value in given.items() if value is not None})
     mask = torch.zeros_like(batch.token_mask)
     if kind == "all":
         mask[:] = True
@@ -75,6 +92,20 @@ def _batch(generator: torch.Generator, B: int, S: int, padding: str) -> Batch:
         labels=labels,
         token_mask=mask,
     )
+
+
+def _with_memory(generator: torch.Generator, batch: Batch, program: Program) -> Batch:
+    """The batch with a memory, which is as long as the sequence one time in three."""
+    B, S = batch.input_ids.shape
+    kind, other = torch.randint(3, (), generator=generator), torch.randint(2, 12, (), generator=generator)
+    K = S if kind == 0 else int(other)
+    memory = torch.randint(VOCABULARY, (B, K), generator=generator)
+    if program.memory_by == "caller":
+        memory = torch.randn(B, K, program.width, generator=generator, dtype=torch.float64)
+    real = torch.rand(B, K, generator=generator) < 0.7
+    real[:, 0] = True
+    given = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return MemoryBatch(**given, memory=memory, memory_mask=real.long())
 
 
 def run_oracle(model: Decoder, batch: Batch, gated: frozenset[int], hides: bool = True) -> Outcome:

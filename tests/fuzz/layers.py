@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from attention import Attention
 from blocks import mlp, norm
+from cross import Cross
 from mixing import Mix, Odd
 from program import Layer, Program
 from told import Pair, Told, from_grid, to_grid
@@ -25,9 +26,13 @@ class Block(nn.Module):
         self.choice, self.program = choice, program
         D = program.width
         self.norms = nn.ModuleDict(
-            {name: norm(choice.norm, D, program.float32) for name in ("before", "after", "mlp", "mlp_after")}
+            {
+                name: norm(choice.norm, D, program.float32)
+                for name in ("before", "after", "cross", "mlp", "mlp_after")
+            }
         )
         self.attention = Attention(choice, program)
+        self.cross = Cross(choice.cross, program) if choice.cross != "none" else None
         self.mlp = mlp(choice.mlp, D)
         self.dropout = nn.Dropout(0.0) if choice.dropout else nn.Identity()
         self.scale, self.keep = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
@@ -55,17 +60,18 @@ class Block(nn.Module):
         place, norms = self.choice.place, self.norms
         if place == "post":
             y, kept = self._attend(x, told, lent)
-            x = norms["before"](self._add(x, y))
+            x = self._crossed(norms["before"](self._add(x, y)), told)
             if self.choice.mlp != "none":
                 x = norms["mlp"](self._add(x, self._feed(x, told)))
         elif place == "parallel":
             inner = norms["before"](x)
             y, kept = self._attend(inner, told, lent)
+            x = self._crossed(x, told)
             x = self._add(x, y if self.choice.mlp == "none" else y + self._feed(inner, told))
         else:
             around = place == "sandwich"
             y, kept = self._attend(norms["before"](x), told, lent)
-            x = self._add(x, norms["after"](y) if around else y)
+            x = self._crossed(self._add(x, norms["after"](y) if around else y), told)
             if self.choice.mlp != "none":
                 y = self._feed(norms["mlp"](x), told)
                 x = self._add(x, norms["mlp_after"](y) if around else y)
@@ -81,6 +87,9 @@ class Block(nn.Module):
         if self.choice.mix != "none" and self.choice.mix_at == "beside":
             y = y + self._mixed("beside", x, told)
         return self.dropout(y), kept
+
+    def _crossed(self, x: Tensor, told: Told) -> Tensor:
+        return x if self.cross is None else x + self.cross(self.norms["cross"](x), told)
 
     def _feed(self, x: Tensor, told: Told) -> Tensor:
         return self.dropout(self.mlp(self._odd("mlp", self._mixed("mlp", x, told), told)))

@@ -50,6 +50,7 @@ class Layer:
     dropout: bool = False
     odd: str = "none"
     odd_at: str = "mlp"
+    cross: str = "none"
     mix: str = "none"
     mix_at: str = "mlp"
 
@@ -94,6 +95,7 @@ class Program:
     tied: bool = False
     logit_cap: bool = False
     loss: str = "pad_labels"
+    memory_by: str = "caller"
     before: str = "none"
     after: str = "none"
     scope: str = "model"
@@ -109,7 +111,15 @@ class Program:
     @property
     def is_mixing(self) -> bool:
         """Whether tokens reach others in another way than by attention."""
-        return any(mix != "none" for mix in (self.before, self.after, *(layer.mix for layer in self.layers)))
+        mixes = (self.before, self.after, *(layer.mix for layer in self.layers))
+        return any(mix != "none" for mix in mixes) or any(
+            layer.cross == "through_memory" for layer in self.layers
+        )
+
+    @property
+    def crosses(self) -> bool:
+        """Whether a layer reads a memory."""
+        return any(layer.cross != "none" for layer in self.layers)
 
     @property
     def sees_ids(self) -> bool:
@@ -180,7 +190,8 @@ def settle(program: Program) -> Program:
     layers: list[Layer] = []
     for layer in program.layers:
         layers.append(_settled(layer, layers[0] if layers else None, program))
-    return replace(program, layers=tuple(layers))
+    program = replace(program, layers=tuple(layers))
+    return program if program.crosses else replace(program, memory_by="caller")
 
 
 def _settled(layer: Layer, first: Layer | None, program: Program) -> Layer:

@@ -1,6 +1,6 @@
 """What the layers of a program are told of the batch, and the layouts that tokens come in.
 
-Shapes: B samples, S positions, D width, H heads, d width of a head.
+Shapes: B samples, S positions, K positions of a memory, D width, H heads, d width of a head.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class Told(NamedTuple):
     for attention that is causal without a mask. additive: the same, to be added to scores. bias: [1 or B, H, 1 or S, S]
     or None. rotary: phases, or None where layers make them or there are none. extra: an embedding for this layer, or
     None. content_bias: what the attention itself puts there, [B, H, 1, S] or [B, H, S, 1].
+    memory: [B, K, D], or None. memory_keys: bool [B, K], which of it is real.
     """
 
     padding: Tensor
@@ -34,6 +35,8 @@ class Told(NamedTuple):
     rotary: Pair | None
     extra: Tensor | None
     content_bias: Tensor | None = None
+    memory: Tensor | None = None
+    memory_keys: Tensor | None = None
 
 
 def to_grid(x: Tensor, layout: str, B: int, S: int) -> Tensor:

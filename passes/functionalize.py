@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from regate_fx.passes.base import PassContext, PassResult, Refused, operator_name, reads_number
 from regate_fx.passes.bounds import take_bounds
@@ -34,8 +35,9 @@ class Functionalize:
     Cures what normalisation itself would break: an `autograd.Function` keeps its own backward (the node is carried
     through whole), what dropout returns and what was detached may be written to, writes to inputs are appended again as
     `copy_`, the functional `aten.copy` (which has no derivative) becomes a cast and expand of its source, and dtype
-    asserts, which contradict in-graph autocast, are dropped. Any other higher-order operator is refused. Writes that
-    clamp a parameter become `Bound`s in the findings, to be applied before the graph.
+    asserts, which contradict in-graph autocast, are dropped. Any other higher-order operator is refused, and so are
+    inputs that are subclasses of Tensor. Writes that clamp a parameter become `Bound`s in the findings, to be applied
+    before the graph.
     """
 
     name: str = "functionalize"
@@ -44,6 +46,7 @@ class Functionalize:
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         expand_vmaps(gm)
         _refuse_higher_order(gm)
+        _refuse_subclasses(gm)
         ctx.findings["bounds"] = take_bounds(gm)
         refuse_writes_without_grad(gm)
         part_detached(gm)
@@ -73,6 +76,15 @@ def _refuse_higher_order(gm: fx.GraphModule) -> None:
             )
         if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
             raise Refused("functorch", "a functorch transform (vmap, scan) is not analysed", node)
+
+
+def _refuse_subclasses(gm: fx.GraphModule) -> None:
+    """A tensor made of others, as torchao's quantised weights are, dispatches operators by rules of its own."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta["example_value"]
+        if is_traceable_wrapper_subclass(value):
+            reason = f"{node.name} is a {type(value).__name__}, a subclass of Tensor, which is not analysed"
+            raise Refused("tensor-subclass", reason, node)
 
 
 def _restore_mutations(gm: fx.GraphModule, mutated: Sequence[int]) -> int:

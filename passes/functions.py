@@ -7,12 +7,14 @@ inline the forward body and lose the backward: the same loss, other gradients.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from regate_fx.passes.axes import size_expr
 from regate_fx.passes.base import Refused
 
 FUNCTION_APPLY = torch.ops.higher_order.autograd_function_apply
@@ -35,7 +37,7 @@ class Shielded:
 def shield(gm: fx.GraphModule) -> list[Shielded]:
     """Replace each `autograd_function_apply` of a Dynamo graph by `regate_fx::opaque`; `key` indexes the result.
 
-    Raises `Refused` where an operand is neither tensor nor size, or an output is not shaped like an operand.
+    Raises `Refused` where an operand is neither tensor nor size, or an output has a size or dtype of its own.
     """
     shielded: list[Shielded] = []
     for node in gm.graph.find_nodes(op="call_function", target=FUNCTION_APPLY):
@@ -47,11 +49,16 @@ def shield(gm: fx.GraphModule) -> list[Shielded]:
         example = node.meta["example_value"]
         single = isinstance(example, torch.Tensor)
         outputs = (example,) if single else tuple(example)
-        like = [_operand_like(node, operands, output) for output in outputs]
+        values = [operand.meta["example_value"] for operand in operands]
+        described = [_described(node, values, output) for output in outputs]
+        like, shapes = (
+            [index for index, _ in described],
+            [number for _, shape in described for number in shape],
+        )
         with gm.graph.inserting_before(node):
             opaque = gm.graph.call_function(
                 torch.ops.regate_fx.opaque.default,
-                (operands, sizes, like, len(shielded)),
+                (operands, sizes, like, shapes, len(shielded)),
             )
             opaque.meta = dict(node.meta, example_value=list(outputs))
             stand_in = opaque
@@ -73,22 +80,43 @@ def _is_tensor_operand(node: fx.Node, operand: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _operand_like(node: fx.Node, operands: list[Any], output: Any) -> int:
-    for index, operand in enumerate(operands):
-        value = operand.meta["example_value"]
-        if isinstance(output, torch.Tensor) and value.dtype == output.dtype and value.shape == output.shape:
-            return index
-    raise Refused(
-        "function-shape",
-        "an output of an autograd.Function has not the shape and dtype of one of its inputs",
-        node,
-    )
+def _described(node: fx.Node, operands: Sequence[torch.Tensor], output: Any) -> tuple[int, list[int]]:
+    """An operand of the output's dtype, and the output's shape, as `regate_fx::opaque` takes them."""
+    alike = [
+        index
+        for index, value in enumerate(operands)
+        if isinstance(output, torch.Tensor) and (value.dtype, value.device) == (output.dtype, output.device)
+    ]
+    if not alike:
+        raise Refused(
+            "function-shape", "an output of an autograd.Function has the dtype of none of its inputs", node
+        )
+    # Sizes are compared as expressions: to ask whether symbols are equal would guard on their values.
+    wanted = list(map(size_expr, output.shape))
+    for index in alike:
+        if list(map(size_expr, operands[index].shape)) == wanted:
+            return index, [-1]
+    sizes = {
+        size_expr(size): (index, dim)
+        for index, value in enumerate(operands)
+        for dim, size in enumerate(value.shape)
+    }
+    shape = [len(wanted)]
+    for size in wanted:
+        if not size.is_Integer and size not in sizes:
+            raise Refused(
+                "function-shape",
+                f"an output of an autograd.Function has a size, {size}, that none of its inputs has",
+                node,
+            )
+        shape.extend((-1, int(size)) if size.is_Integer else sizes[size])
+    return alike[0], shape
 
 
 def unshield(gm: fx.GraphModule, shielded: list[Shielded]) -> int:
     """Put the shielded nodes back into the normalised graph; returns how many."""
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.regate_fx.opaque.default):
-        operands, sizes, _, key = node.args
+        operands, sizes, _, _, key = node.args
         record = shielded[key]
         tensors, integers = iter(operands), iter(sizes)
         arguments = [next(tensors) if tensor else next(integers) for tensor in record.tensors]

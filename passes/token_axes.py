@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 # Imported for the rules they register.
-from regate_fx.passes import rules_attention, rules_index, rules_math, rules_shape  # noqa: F401
+from regate_fx.passes import rules_attention, rules_index, rules_math, rules_quantised, rules_shape  # noqa: F401
 from regate_fx.passes.axes import NO_AXES, Axes, Cut, Meaning, TokenSymbols, size_expr
 from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_tensors, operator_name
 from regate_fx.passes.function_axes import function_verdict

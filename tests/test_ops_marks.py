@@ -44,14 +44,17 @@ def test_cast_refuses_to_be_differentiated() -> None:
 def test_opcheck_of_opaque() -> None:
     # The others run the operator, which by design must not: it is replaced by what it stands for.
     operands = [torch.randn(3, 4), torch.ones(2, dtype=torch.int64)]
-    torch.library.opcheck(opaque, (operands, [3], [1, 0], 0), test_utils="test_autograd_registration")
+    torch.library.opcheck(
+        opaque, (operands, [3], [1, 0], [-1, -1], 0), test_utils="test_autograd_registration"
+    )
 
 
-def test_opaque_is_shaped_like_its_operands_and_does_not_run() -> None:
+def test_opaque_is_shaped_as_it_is_told_and_does_not_run() -> None:
     operands = [torch.randn(4, 3).t(), torch.ones(2, dtype=torch.int64)]
+    as_told = [2, 1, 0, -1, 7]  # two dimensions: as long as the first of operand 1, and of size 7
     with FakeTensorMode(allow_non_fake_inputs=True):
-        outputs = opaque(operands, [3], [1, 0, 0], 0)
-    wanted = [operands[1], operands[0], operands[0]]
+        outputs = opaque(operands, [3], [1, 0, 0, 1], [-1, -1, *as_told, 0], 0)
+    wanted = [operands[1], operands[0], torch.empty(2, 7), torch.empty((), dtype=torch.int64)]
     assert [(o.shape, o.dtype) for o in outputs] == [(w.shape, w.dtype) for w in wanted]
     with pytest.raises(AssertionError, match="must not run"):
-        opaque(operands, [3], [1, 0], 0)
+        opaque(operands, [3], [1, 0], [-1, -1], 0)

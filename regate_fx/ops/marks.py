@@ -58,15 +58,25 @@ def _(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("regate_fx::opaque", mutates_args=())
-def opaque(operands: list[Tensor], sizes: list[int], like: list[int], key: int) -> list[Tensor]:
+def opaque(
+    operands: list[Tensor], sizes: list[int], like: list[int], shapes: list[int], key: int
+) -> list[Tensor]:
     """Carry an operator that must stay whole through normalisation.
 
-    Output i has the shape and dtype of `operands[like[i]]`; `sizes` are the operator's integer operands; `key`
-    names the operator it stands for.
+    Output i has the dtype and device of `operands[like[i]]`. shapes: for each output -1, where it has that operand's
+    shape too, or its rank and a pair for each dimension: (operand, dimension) whose size it has, or (-1, size).
+    sizes: the operator's integer operands. key: names the operator it stands for.
     """
     raise AssertionError("regate_fx::opaque stands for another operator and must not run")
 
 
 @opaque.register_fake
-def _(operands: list[Tensor], sizes: list[int], like: list[int], key: int) -> list[Tensor]:
-    return [torch.empty_like(operands[index]) for index in like]
+def _(operands: list[Tensor], sizes: list[int], like: list[int], shapes: list[int], key: int) -> list[Tensor]:
+    numbers = iter(shapes)
+    outputs: list[Tensor] = []
+    for index in like:
+        rank = next(numbers)
+        pairs = [(next(numbers), next(numbers)) for _ in range(rank)]
+        shape = [size if operand < 0 else operands[operand].shape[size] for operand, size in pairs]
+        outputs.append(torch.empty_like(operands[index]) if rank < 0 else operands[index].new_empty(shape))
+    return outputs

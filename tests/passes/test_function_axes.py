@@ -53,6 +53,20 @@ class BestOnly(Function):
         return result
 
 
+class Linear(Function):
+    """To another width; the gradient of its weight is one of all tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad @ weight, (grad[..., :, None] * x[..., None, :]).sum((0, 1))
+
+
 def function(
     forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor, Tensor], Any]
 ) -> type[Function]:
@@ -96,7 +110,11 @@ def best_only(block: Block, x: Tensor, mask: Tensor | None) -> Tensor:
     return BestOnly.apply(block.up(x))[..., : x.shape[-1]]
 
 
-@pytest.mark.parametrize("extra", [normed, best_only])
+def widened(block: Block, x: Tensor, mask: Tensor | None) -> Tensor:
+    return block.down(Linear.apply(x, block.up.weight))
+
+
+@pytest.mark.parametrize("extra", [normed, best_only, widened])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_numbers(extra: Any, backend: str) -> None:
     model = decoder(extra)

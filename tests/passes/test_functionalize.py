@@ -12,6 +12,7 @@ from captured import capture, operators, run_until
 from normalising import D, Small, V, assert_as_eager, normalise, step
 from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_export_module
+from torch.testing._internal.two_tensor import TwoTensor
 
 from regate_fx.errors import PassFailed
 from regate_fx.passes import brackets, functionalize
@@ -137,10 +138,38 @@ class Shaped(torch.autograd.Function):
         return grad[..., None].expand(*grad.shape, D)
 
 
-def test_an_autograd_function_of_another_shape_is_refused_by_name(ids: dict[str, Tensor]) -> None:
-    with pytest.raises(Refused, match="shape and dtype") as caught:
-        run_until("functionalize", Small(lambda w, x: Shaped.apply(w.up(x))), ids)
+def test_an_autograd_function_may_return_another_shape(ids: dict[str, Tensor]) -> None:
+    assert_as_eager(Small(lambda w, x: x * Shaped.apply(w.up(x))[..., None]), ids)
+
+
+class Returning(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, twice: bool) -> Tensor:
+        return torch.cat((x, x), 1) if twice else x.double()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[:, : grad.shape[1] // 2].float(), None
+
+
+@pytest.mark.parametrize(
+    ("twice", "words"), [(True, r"a size, 2\*s\d+, that none of its inputs has"), (False, "dtype")]
+)
+def test_an_autograd_function_whose_result_cannot_be_described_is_refused_by_name(
+    twice: bool, words: str, ids: dict[str, Tensor]
+) -> None:
+    with pytest.raises(Refused, match=words) as caught:
+        run_until("functionalize", Small(lambda w, x: Returning.apply(w.up(x), twice)), ids)
     assert caught.value.code == "function-shape"
+
+
+def test_a_weight_that_is_a_subclass_of_tensor_is_refused_by_name(ids: dict[str, Tensor]) -> None:
+    module = Small(lambda w, x: w.up(x))
+    weight = module.up.weight.detach()
+    module.up.weight = nn.Parameter(TwoTensor(weight, weight.clone()))
+    with pytest.raises(Refused, match="up_parameters_weight_ is a TwoTensor, a subclass of Tensor") as caught:
+        run_until("functionalize", module, ids)
+    assert caught.value.code == "tensor-subclass"
 
 
 def running_mean(w: Small, x: Tensor) -> Tensor:

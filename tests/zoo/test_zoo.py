@@ -47,6 +47,7 @@ WAYS_OF = {
     "checkpointing": "causal:exaone4",
     "bfloat16_autocast": "causal:olmo2",
     "lora": "causal:granite",
+    "four_bit": "causal:stablelm",
     "custom_mask": "causal:starcoder2",
     "positions": "causal:gptj",
     "packed": "causal:smollm3",

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import LinearNF4, Params4bit
 from entries import Built
 from oracle import no_cache
 from peft import LoraConfig, get_peft_model
@@ -81,6 +83,43 @@ def lora(built: Built) -> Prepared:
     return _prepared(replace(built, model=model))
 
 
+def four_bit(built: Built) -> Prepared:
+    """Frozen 4-bit weights under adapters, as QLoRA has it; the oracle runs dense layers of the same weights.
+
+    By hand where models are loaded with a `quantization_config`, and by the same rule: all linear layers but the last.
+    """
+    output = built.model.get_output_embeddings()
+    linear = {
+        name: module
+        for name, module in built.model.named_modules()
+        if type(module) is nn.Linear and module is not output
+    }
+    quantised = _copy(built.model)
+    for name, dense in linear.items():
+        layer = _four_bit(dense)
+        dense.weight.data = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        quantised.set_submodule(name, layer)
+    adapter = LoraConfig(r=4, target_modules=list(linear), init_lora_weights=False)
+    try:
+        plain, model = (get_peft_model(each, adapter) for each in (built.model, quantised))
+        adapters = {name: value for name, value in plain.state_dict().items() if "lora_" in name}
+        model.load_state_dict(adapters, strict=False)
+        # In training mode: in the other one its layers pack their weights anew for the CPU when they first run.
+        _run(model, text_batch(torch.Generator(), 2, 5, None))
+    except Exception as error:
+        raise NotApplicable(_first_line(error)) from error
+    return _prepared(replace(built, model=model), plain=plain)
+
+
+def _four_bit(dense: nn.Linear) -> LinearNF4:
+    made = LinearNF4(
+        dense.in_features, dense.out_features, dense.bias is not None, compute_dtype=torch.float32
+    )
+    made.weight = Params4bit(dense.weight.data.clone(), requires_grad=False, quant_type="nf4")
+    made.bias = dense.bias
+    return made.to("cpu")
+
+
 def custom_mask(built: Built) -> Prepared:
     """A mask of the user's for each pair of positions."""
 
@@ -140,7 +179,7 @@ def inductor(built: Built) -> Prepared:
 WAYS: dict[str, Way] = {
     way.__name__: way
     for way in (
-        checkpointing, bfloat16_autocast, lora, custom_mask, positions, packed, layer_by_layer, inductor,
+        checkpointing, bfloat16_autocast, lora, four_bit, custom_mask, positions, packed, layer_by_layer, inductor,
     )
 }  # fmt: skip
 

@@ -103,14 +103,23 @@ class FindLayers:
 
 
 def _content(gm: fx.GraphModule, analysis: TokenAxes) -> set[fx.Node]:
-    """Everything computed from token embeddings (positions, masks and rotary tables are not)."""
+    """Everything computed from token embeddings (positions, masks and tables of positions are not)."""
     content: set[fx.Node] = set()
+    given: set[fx.Node] = set()  # what depends on inputs over positions
     for node in gm.graph.nodes:
         if not is_tensors(fake(node)):
             continue  # a size of a token tensor is a size, not content
-        if _is_source(node, analysis) or any(n in content for n in node.all_input_nodes):
+        if _is_given(node, analysis) or any(n in given for n in node.all_input_nodes):
+            given.add(node)
+        is_source = node in given and _is_source(node, analysis)
+        if is_source or any(n in content for n in node.all_input_nodes):
             content.add(node)
     return content
+
+
+def _is_given(node: fx.Node, analysis: TokenAxes) -> bool:
+    axes = analysis.axes.get(node)
+    return node.op == "placeholder" and isinstance(axes, Axes) and axes.has_tokens
 
 
 def _is_source(node: fx.Node, analysis: TokenAxes) -> bool:

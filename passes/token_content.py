@@ -45,19 +45,12 @@ class TokenContent:
 def token_content(nodes: Iterable[fx.Node], stack: DecoderStack, analysis: TokenAxes) -> TokenContent:
     """Follow token content through a graph, whose nodes are given in order."""
     content = TokenContent()
-    given: set[fx.Node] = set()
     for node in nodes:
         axes = _axes(node, analysis)
-        if axes is None:
-            continue
-        is_input = node.op == "placeholder" and axes.has_tokens
-        if is_input or any(source in given for source in node.all_input_nodes):
-            given.add(node)
-        if node not in stack.content:
+        if axes is None or node not in stack.content:
             continue
         if not any(source in stack.content for source in node.all_input_nodes):
-            # Embeddings of 0, 1, 2, ... count as content for the stack, and are the same whatever the tokens.
-            content.along[node] = (node in given,) * axes.sequences
+            content.along[node] = (True,) * axes.sequences
             continue
         content.along[node] = _along(node, axes, analysis, content)
         if axes.sequences > 1 and _is_scored(node, axes, analysis, content):

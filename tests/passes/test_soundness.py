@@ -402,7 +402,7 @@ MIXING: dict[Extra, str] = {
     spatial_gate_times_query: "aten.sum sums over positions with weights that are no attention",
     spatial_gate_of_keys: "aten.matmul sums over positions with weights that are no attention",
     spatial_gate_of_queries: "aten.matmul sums over positions with weights that are no attention",
-    spatial_gate_of_positions: "aten.softmax sums over positions with weights that are no attention",
+    spatial_gate_of_positions: "aten.matmul sums over positions with weights that are no attention",
     memory_slots: "aten.matmul attends to rows that do not vary with the tokens",
     as_wide_as_long: "aten.matmul attends to rows that do not vary with the tokens",
     attention_to_memory_slots: "attention attends to rows that do not vary with the tokens",

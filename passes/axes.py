@@ -8,9 +8,9 @@ dimension of size one is `()`. The order of factors is what plain sizes cannot t
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias, TypeVar, cast
 
 import sympy
 import torch
@@ -18,6 +18,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import FloorDiv, Max
 
 from regate_fx.passes.base import Refused
+
+Found = TypeVar("Found")
 
 
 class Token(enum.Enum):
@@ -130,10 +132,12 @@ class TokenSymbols:
     """The sizes B and S as the capture knows them: symbols, or 1 where Dynamo specialised a size of one.
 
     Where the capture learns that two symbols are equal it calls both by one name: names are asked for anew each time.
+    What was computed of them is kept, as layers that are alike ask the same.
     """
 
     batch_size: int | torch.SymInt
     sequence_length: int | torch.SymInt
+    _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def batch(self) -> sympy.Expr:
@@ -143,8 +147,18 @@ class TokenSymbols:
     def length(self) -> sympy.Expr:
         return size_expr(self.sequence_length)
 
+    def once(self, find: Callable[..., Found], *of: Any) -> Found:
+        """`find(self, *of)`, computed once under the names that the symbols have; what it raises is not kept."""
+        key = (find, of, self.batch, self.length)
+        if key not in self._known:
+            self._known[key] = find(self, *of)
+        return cast(Found, self._known[key])
+
     def size(self, dim: Dim) -> sympy.Expr:
         """The size of a dimension as an expression over the capture's symbols."""
+        return self.once(TokenSymbols._size, dim)
+
+    def _size(self, dim: Dim) -> sympy.Expr:
         size = sympy.Integer(1)
         for factor in dim:
             size = size * self._factor_size(factor)
@@ -170,8 +184,19 @@ class TokenSymbols:
         expr = size_expr(size)
         if expr == 1:
             return ()
+        if expr.is_Integer:
+            return (int(expr),)
+        try:
+            return self.once(TokenSymbols._factors, expr)
+        except Refused:
+            # `max(0, longest - S)` left out of a table of `longest` positions: S by a guard of the capture.
+            if expr.has(sympy.Max, Max) and (guarded := self._guarded_to_be(size)) is not None:
+                return (guarded,)
+            raise
+
+    def _factors(self, expr: sympy.Expr) -> Dim:
         if not self.mentions(expr):
-            return (int(expr),) if expr.is_Integer else (expr,)
+            return (expr,)
         rest = expr
         dim: list[Factor] = []
         for token, symbol in ((Token.B, self.batch), (Token.S, self.length)):
@@ -181,9 +206,6 @@ class TokenSymbols:
                     dim.append(token)
                     rest = quotient
         if self.mentions(rest):
-            # `max(0, longest - S)` left out of a table of `longest` positions: S by a guard of the capture.
-            if expr.has(sympy.Max, Max) and (guarded := self._guarded_to_be(size)) is not None:
-                return (guarded,)
             raise Refused("axis", f"a dimension of size {expr} is no multiple of the token axes")
         return canonical((*dim, int(rest) if rest.is_Integer else rest))
 
@@ -215,10 +237,13 @@ def reshape(dims: Sequence[Dim], shape: Sequence[Any], symbols: TokenSymbols) ->
 
     Raises `Refused` where the new shape would cut through a token axis.
     """
+    return symbols.once(_regrouped, tuple(dims), tuple(map(size_expr, shape)))
+
+
+def _regrouped(symbols: TokenSymbols, dims: tuple[Dim, ...], sizes: tuple[sympy.Expr, ...]) -> tuple[Dim, ...]:
     factors = [factor for dim in dims for factor in dim]
     result: list[Dim] = []
-    for size in shape:
-        wanted = size_expr(size)
+    for wanted in sizes:
         taken: list[Factor] = []
         while (have := symbols.size(tuple(taken))) != wanted:
             if not factors:

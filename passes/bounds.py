@@ -54,8 +54,6 @@ def take_bounds(gm: fx.GraphModule) -> tuple[Bound, ...]:
         for node in writing:
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
-    if found:
-        gm.recompile()
     return tuple(found)
 
 

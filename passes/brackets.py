@@ -52,7 +52,6 @@ class OpenBrackets:
             _detach(gm, node, set(constants))
         for node in removed:
             gm.graph.erase_node(node)
-        gm.recompile()
         return PassResult(gm, len(removed))
 
 
@@ -92,5 +91,4 @@ class CloseBrackets:
                 opened = [gm.graph.call_function(_enter_autocast, args) for args in wanted]
             brackets += len(opened)
             current = wanted
-        gm.recompile()
         return PassResult(gm, brackets)

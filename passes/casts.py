@@ -35,7 +35,6 @@ def pin_casts(gm: fx.GraphModule) -> int:
         node.replace_all_uses_with(cast)
         gm.graph.erase_node(node)
         pinned += 1
-    gm.recompile()
     return pinned
 
 

@@ -37,8 +37,6 @@ class InlineCheckpoints:
             for node in nodes:
                 _inline(gm, node)
                 inlined += 1
-        if inlined:
-            gm.recompile()
         return PassResult(gm, inlined)
 
 

@@ -24,7 +24,6 @@ class RemoveUnused:
                 continue
             gm.graph.erase_node(node)
             removed += 1
-        gm.recompile()
         return PassResult(gm, removed)
 
 

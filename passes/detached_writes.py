@@ -39,8 +39,6 @@ def part_detached(gm: fx.GraphModule) -> int:
             own.meta = dict(detached.meta)
             detached.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
             parted += 1
-    if parted:
-        gm.recompile()
     return parted
 
 

@@ -32,8 +32,6 @@ def free_dropouts(gm: fx.GraphModule) -> int:
         else:
             continue
         freed += 1
-    if freed:
-        gm.recompile()
     return freed
 
 

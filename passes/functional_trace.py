@@ -68,7 +68,6 @@ def _traced(
         trace = make_fx(functional, decomposition_table={}, record_module_stack=True, pre_dispatch=True)
         recorded = trace(*leaves)
     recorded.graph.eliminate_dead_code()
-    recorded.recompile()
     return recorded, mutated
 
 

@@ -64,7 +64,6 @@ class Functionalize:
         rewrites += release_casts(normal)
         for before, after in zip(placeholders, normal.graph.find_nodes(op="placeholder"), strict=True):
             after.meta = {**before.meta, **after.meta}
-        normal.recompile()
         return PassResult(normal, rewrites)
 
 

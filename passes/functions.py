@@ -68,8 +68,6 @@ def shield(gm: fx.GraphModule) -> list[Shielded]:
         node.replace_all_uses_with(stand_in)
         gm.graph.erase_node(node)
         shielded.append(Shielded(forward, backward, dict(node.kwargs), tensors, single))
-    if shielded:
-        gm.recompile()
     return shielded
 
 

@@ -38,8 +38,6 @@ class AddMaskedRows:
             if features is not None:
                 _rewrite(gm, node, features)
                 rewrites += 1
-        if rewrites:
-            gm.recompile()
         return PassResult(gm, rewrites)
 
 

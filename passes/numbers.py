@@ -33,8 +33,6 @@ def pin_numbers(gm: fx.GraphModule) -> int:
             continue
         _assert_equal(gm, node, known)
         pinned += 1
-    if pinned:
-        gm.recompile()
     return pinned
 
 

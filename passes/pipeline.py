@@ -100,4 +100,5 @@ def run_passes(
         logger.debug("%s: %d rewrites, %.3f s", step.name, result.rewrites, run.seconds[step.name])
         if dump is not None:
             dump(step.name, result.graph_module)
+    run.graph_module.recompile()  # once: what passes read and write is the graph
     return run

@@ -39,8 +39,6 @@ class FoldSinks:
         for node in list(gm.graph.nodes):
             if operator_name(node) in ("aten.softmax", "aten._softmax"):
                 rewrites += _drop_shift(gm, node) + _fold(gm, node)
-        if rewrites:
-            gm.recompile()
         return PassResult(gm, rewrites)
 
 

@@ -26,8 +26,6 @@ def expand_vmaps(gm: fx.GraphModule) -> int:
         _expand(gm, span)
     for node in gm.graph.find_nodes(op="call_function", target=predispatch.lazy_load_decompositions):
         gm.graph.erase_node(node)
-    if spans:
-        gm.recompile()
     return len(spans)
 
 

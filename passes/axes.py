@@ -240,7 +240,9 @@ def reshape(dims: Sequence[Dim], shape: Sequence[Any], symbols: TokenSymbols) ->
     return symbols.once(_regrouped, tuple(dims), tuple(map(size_expr, shape)))
 
 
-def _regrouped(symbols: TokenSymbols, dims: tuple[Dim, ...], sizes: tuple[sympy.Expr, ...]) -> tuple[Dim, ...]:
+def _regrouped(
+    symbols: TokenSymbols, dims: tuple[Dim, ...], sizes: tuple[sympy.Expr, ...]
+) -> tuple[Dim, ...]:
     factors = [factor for dim in dims for factor in dim]
     result: list[Dim] = []
     for wanted in sizes:

@@ -253,10 +253,12 @@ def _compare(check: str, found: Probe, expected: Probe, dtype: torch.dtype) -> N
     tolerance = _TOLERANCE[dtype]
     if not abs(found.loss - expected.loss) <= tolerance * max(1.0, abs(expected.loss)):
         raise ValidationFailed(check, f"the loss is {found.loss:.8g}, expected {expected.loss:.8g}.")
-    missing = sorted(expected.sketches.keys() ^ found.sketches.keys())
-    if missing:
+    # Of a result that nobody reads, a compiled graph hands zeros back where eager has no gradient.
+    some = {name for name, sketch in found.sketches.items() if sketch.any() or name in expected.sketches}
+    differing = sorted(expected.sketches.keys() ^ some)
+    if differing:
         raise ValidationFailed(
-            check, f"the same parameters must have a gradient; these differ: {missing[:5]}."
+            check, f"the same parameters must have a gradient; these differ: {differing[:5]}."
         )
     total = sum(float(sketch[0]) ** 2 for sketch in expected.sketches.values()) ** 0.5
     for name, sketch in expected.sketches.items():

@@ -17,7 +17,7 @@ from regate_fx import engine, validation
 from regate_fx.errors import ValidationFailed
 from regate_fx.passes import masks, rewrite_loss
 from regate_fx.passes.masks import MaskProof
-from regate_fx.validation import VALIDATED, _half, validate
+from regate_fx.validation import VALIDATED, Probe, _compare, _half, _sketch, validate
 
 
 def test_a_wrong_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +52,18 @@ def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regate_fx.passes.elide.emit_loss", severed)
     with pytest.raises(ValidationFailed, match="the gradient of"):
         regate_fx.compile(build("llama"), backend="eager")(**batch())
+
+
+def probe(**gradients: float) -> Probe:
+    return Probe(1.0, {name: _sketch(torch.full((3,), value)) for name, value in gradients.items()})
+
+
+def test_zeros_are_no_gradient_where_eager_has_none() -> None:
+    """What `torch.compile` gives of a result, in a graph of its own, that nobody reads."""
+    _compare("a check", probe(read=1.0, unread=0.0), probe(read=1.0), torch.float32)
+    for found in (probe(read=1.0, unread=1e-6), probe(), probe(unread=0.0)):
+        with pytest.raises(ValidationFailed, match="the same parameters must have a gradient"):
+            _compare("a check", found, probe(read=1.0), torch.float32)
 
 
 def test_validation_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

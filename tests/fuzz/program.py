@@ -209,7 +209,8 @@ def _settled(layer: Layer, first: Layer | None, program: Program) -> Layer:
         layer = replace(layer, scores="matmul", hide="add", softmax="softmax", cap=False, sinks="none")
     elif layer.groups == "enable_gqa":
         layer = replace(layer, groups="expand")
-    if layer.attend == "sdpa_causal":
+    # Its padding mask says the same to all queries of a sample, which can be to see none of their document's keys.
+    if layer.attend == "sdpa_causal" or (layer.attend, layer.span) == ("mha_weights", "document"):
         layer = replace(layer, span="all")
     if layer.attend.startswith("mha"):
         layer = replace(layer, qkv="separate", groups="all", minus=False, qk_norm=False, writes=False)

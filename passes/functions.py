@@ -51,10 +51,8 @@ def shield(gm: fx.GraphModule) -> list[Shielded]:
         outputs = (example,) if single else tuple(example)
         values = [operand.meta["example_value"] for operand in operands]
         described = [_described(node, values, output) for output in outputs]
-        like, shapes = (
-            [index for index, _ in described],
-            [number for _, shape in described for number in shape],
-        )
+        like = [index for index, _ in described]
+        shapes = [number for _, shape in described for number in shape]
         with gm.graph.inserting_before(node):
             opaque = gm.graph.call_function(
                 torch.ops.regate_fx.opaque.default,

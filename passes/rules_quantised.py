@@ -6,7 +6,7 @@ Rows of tokens are multiplied by a weight that is dequantised on the way; every 
 from __future__ import annotations
 
 from regate_fx.passes.axes import NO_AXES, Axes, has_token
-from regate_fx.passes.rules import Operands, Verdict, rule
+from regate_fx.passes.rules import Operands, Verdict, kind_of, rule
 
 
 @rule("bitsandbytes.gemm_4bit")
@@ -31,11 +31,12 @@ def _quantise(op: Operands) -> Verdict:
     if has_token(rows.dims[-1]):
         raise op.refuse("mixes-tokens", "quantises along a token axis")
     stats = Axes((Axes(rows.dims[:-1]).factors,))
-    return Verdict((rows, stats, NO_AXES))
+    return Verdict((rows, stats, NO_AXES), kind_of(rows))
 
 
 def _rows_times_weight(op: Operands, weights: tuple[str, ...]) -> Verdict:
     rows = op.axes("A")
     if has_token(rows.dims[-1]) or any(op.axes(name).has_tokens for name in weights):
         raise op.refuse("matmul", "multiplies along a token axis")
-    return Verdict(rows.with_dims([*rows.dims[:-1], op.symbols.dim_of_size(op.shape[-1])]))
+    result = rows.with_dims([*rows.dims[:-1], op.symbols.dim_of_size(op.shape[-1])])
+    return Verdict(result, kind_of(result))

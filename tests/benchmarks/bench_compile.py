@@ -35,7 +35,7 @@ import regate_fx
 from regate_fx.passes.pipeline import NORMALISE
 
 B, S = 2, 128
-DEPTHS, STEP_DEPTHS = (5, 10, 20, 40, 80), (4, 8, 16)
+DEPTHS, STEP_DEPTHS = (5, 10, 20, 40, 80), (4, 8)
 GOALS = {"passes for 80 layers, s": 1.5, "normalisation and passes / dense compile": 0.10}
 RESULTS = Path(__file__).parent / "results"
 Record = dict[str, Any]

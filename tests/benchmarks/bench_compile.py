@@ -4,7 +4,8 @@
 
 *Passes*: a Llama of 70B shapes and L layers on the meta device, in bfloat16, by `regate_fx.explain`; no weights.
 *First step*: a small Llama of L layers, forward and backward by Inductor into an empty cache, dense and gated. Every
-measurement is a process of its own, one after the other. Results go to `results/`.
+measurement is a process of its own, one after the other; passes are measured several times, the depths in turn, and the
+medians kept. Results go to `results/`.
 
 Shapes: B samples, S positions, L layers.
 """
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -103,11 +105,23 @@ def exponent(rows: Sequence[Record], name: str) -> float:
     return math.log(b[name] / a[name]) / math.log(b["layers"] / a["layers"])
 
 
-def measure(console: Console) -> Record:
-    by_depth: list[Record] = []
-    for layers in DEPTHS:
-        with console.status(f"passes, {layers} layers"):
-            by_depth.append(apart("passes", str(layers)))
+def median(found: Sequence[Record]) -> Record:
+    """Number by number."""
+    return {
+        name: median([one[name] for one in found])
+        if isinstance(value, dict)
+        else statistics.median([one[name] for one in found])
+        for name, value in found[0].items()
+    }
+
+
+def measure(repetitions: int, console: Console) -> Record:
+    found: dict[int, list[Record]] = {layers: [] for layers in DEPTHS}
+    for _ in range(repetitions):
+        for layers in DEPTHS:
+            with console.status(f"passes, {layers} layers"):
+                found[layers].append(apart("passes", str(layers)))
+    by_depth = [median(found[layers]) for layers in DEPTHS]
     steps: list[Record] = []
     for layers in STEP_DEPTHS:
         with console.status(f"first steps, {layers} layers"):
@@ -127,6 +141,7 @@ def measure(console: Console) -> Record:
     }
     return {
         "machine": machine(),
+        "repetitions": repetitions,
         "goals": {name: {"measured": value, "goal": GOALS[name]} for name, value in goals.items()},
         "exponents": {name: exponent(by_depth, name) for name in ("normalisation", "passes", "explain")},
         "passes": by_depth,
@@ -136,19 +151,19 @@ def measure(console: Console) -> Record:
 
 def tables(record: Record) -> list[tuple[str, list[tuple[str, ...]]]]:
     """Titles and cells, headings first, that the screen and the Markdown file both show."""
-    names = [name for name, s in record["passes"][-1]["by_pass"].items() if s >= 0.01]
-    passes = [
-        ("layers", "explain, s", "peak GB", "normalisation, s", "passes, s", *(f"{n}, s" for n in names))
-    ]
+    totals = [("layers", "explain, s", "peak, GB", "normalisation, s", "passes, s")]
     for row in record["passes"]:
         numbers = [row["explain"], row["peak_GB"], row["normalisation"], row["passes"]]
-        numbers += [row["by_pass"][name] for name in names]
-        passes.append((str(row["layers"]), *(f"{n:.2f}" for n in numbers)))
+        totals.append((str(row["layers"]), *(f"{n:.2f}" for n in numbers)))
+    single = [("seconds, by layers", *(str(row["layers"]) for row in record["passes"]))]
+    for name, seconds in record["passes"][-1]["by_pass"].items():
+        if seconds >= 0.01:
+            single.append((name, *(f"{row['by_pass'][name]:.2f}" for row in record["passes"])))
     steps = [("layers", "dense, s", "gated, s", "normalisation and passes, s", "/ dense")]
     for row in record["first_steps"]:
         seconds = [f"{row[name]:.1f}" for name in ("dense", "gated", "own")]
         steps.append((str(row["layers"]), *seconds, f"{row['share']:.3f}"))
-    return [("Passes", passes), ("First step", steps)]
+    return [("Passes", totals), ("Each pass", single), ("First step", steps)]
 
 
 def summary(record: Record) -> list[str]:
@@ -161,7 +176,7 @@ def summary(record: Record) -> list[str]:
 
 def write(record: Record) -> None:
     """`results/compile.json` for programs and `results/compile.md` for people."""
-    command = "python tests/benchmarks/bench_compile.py"
+    command = f"python tests/benchmarks/bench_compile.py --repetitions {record['repetitions']}"
     (RESULTS / "compile.json").write_text(json.dumps({"command": command, **record}, indent=2) + "\n")
     where = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
     lines = ["# Compile time by depth", "", f"`{command}`: {where}.", ""]
@@ -176,6 +191,7 @@ def write(record: Record) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=3, help="of the passes")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -184,7 +200,7 @@ def main() -> None:
         print(json.dumps(found))
         return
     console = Console()
-    record = measure(console)
+    record = measure(arguments.repetitions, console)
     for title, (headings, *cells) in tables(record):
         table = Table(*headings, title=title, box=box.SIMPLE, padding=0)
         for row in cells:

@@ -7,7 +7,7 @@ Shapes: B samples, S positions, K positions of a memory, D width, V vocabulary.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +59,7 @@ def batches(program: Program) -> list[Batch]:
 def _edged(batch: Batch, kind: str) -> Batch:
     """The batch, or one with sizes of one, for which there are traces of their own."""
     if kind == "one_sample":
-        given = {field.name: getattr(batch, field.name) for field in fields(batch)}
-        return replace(batch, **{name: value[:1] for name, value in given.items() if value is not None})
+        return replace(batch, **{name: value[:1] for name, value in vars(batch).items() if value is not None})
     mask = torch.zeros_like(batch.token_mask)
     if kind == "all":
         mask[:] = True
@@ -104,8 +103,7 @@ def _with_memory(generator: torch.Generator, batch: Batch, program: Program) -> 
         memory = torch.randn(B, K, program.width, generator=generator, dtype=torch.float64)
     real = torch.rand(B, K, generator=generator) < 0.7
     real[:, 0] = True
-    given = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return MemoryBatch(**given, memory=memory, memory_mask=real.long())
+    return MemoryBatch(**vars(batch), memory=memory, memory_mask=real.long())
 
 
 def run_oracle(model: Decoder, batch: Batch, gated: frozenset[int], hides: bool = True) -> Outcome:

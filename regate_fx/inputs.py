@@ -109,7 +109,9 @@ def check_call(
     attention_mask = _padding_mask(mask_name, inputs.get(mask_name), tokens)
     if "labels" in inputs:
         _check_labels(inputs["labels"], tokens)
-    return GatedCall(make_plan(checked, attention_mask, sizes), inputs, as_tuple=not return_dict)
+    plan = make_plan(checked, attention_mask, sizes)
+    _refuse_blind_positions(mask_name, inputs.get(mask_name), plan.row_of >= 0)
+    return GatedCall(plan, inputs, as_tuple=not return_dict)
 
 
 def bind(signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,6 +195,33 @@ def _padding_mask(name: str, mask: object, tokens: Tensor) -> Tensor | None:
         )
     _check_device(name, mask, tokens)
     return mask
+
+
+def _refuse_blind_positions(name: str, mask: object, active: Tensor) -> None:
+    """Raise `InvalidInput` where all that an active position sees by a mask over pairs [B, H, S, S] is elided.
+
+    Its attention would be over nothing, which no two ways to compute it agree on. A position that sees nothing in the
+    untouched model either, as padding, is the caller's own. active: bool [B, S]. On an accelerator it is an
+    asynchronous assertion.
+    """
+    masks = list(mask.values()) if isinstance(mask, Mapping) else [mask]
+    for pairs in masks:
+        if not isinstance(pairs, Tensor) or pairs.ndim != 4 or pairs.is_meta:
+            continue
+        if pairs.shape[-2:] != (active.shape[1],) * 2 or pairs.device != active.device:
+            continue  # for the model to make sense of
+        hidden = torch.finfo(pairs.dtype).min / 2 if pairs.is_floating_point() else 0
+        sees = pairs > hidden
+        blind = sees.any(-1) & ~(sees & active[:, None, None, :]).any(-1) & active[:, None, :]
+        if pairs.device.type != "cpu":
+            torch._assert_async(~blind.any(), f"{name}: all that an active position sees is elided")
+        elif bool(blind.any()):
+            sample, _, position = blind.nonzero()[0].tolist()
+            raise InvalidInput(
+                name,
+                f"all positions that position {position} of sample {sample} sees are elided, it itself is not.",
+                "Keep one of them in token_mask, or elide the position too.",
+            )
 
 
 def _check_labels(labels: object, tokens: Tensor) -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from key_masked_engine import B, KeyMaskedEngine, S, batch, gate
 from small_models import VOCABULARY, build
 from transformers import BartConfig, BartForConditionalGeneration
 
+from regate_fx.errors import InvalidInput
 from regate_fx.outputs import GatedOutput
 from regate_fx.wrapper import wrap
 
@@ -81,6 +83,26 @@ def test_a_mask_over_pairs_leaves_all_of_the_token_mask_active() -> None:
     padding[0, :4] = 0
     gated(**inputs, attention_mask=padding)
     assert torch.equal(plans[1][0].row_of >= 0, inputs["token_mask"] & (padding != 0))
+
+
+@pytest.mark.parametrize("kind", ["bool", "finite", "infinite", "by_type"])
+def test_a_position_whose_keys_are_all_elided_is_refused(kind: str) -> None:
+    model = build("llama")
+    gated = wrap(model, KeyMaskedEngine(model))
+    inputs = {**batch(), "token_mask": torch.ones(B, S, dtype=torch.bool)}
+    visible = torch.ones(B, 1, S, S, dtype=torch.bool).tril()
+    visible[1, 0, 5] = torch.arange(S) == 2
+    visible[1, 0, 6] = False  # sees nothing anyway
+    lowest = torch.finfo(torch.float32).min if kind == "finite" else -torch.inf
+    mask: Any = visible if kind == "bool" else torch.zeros(B, 1, S, S).masked_fill(~visible, lowest)
+    mask = {"full_attention": mask} if kind == "by_type" else mask
+    gated(**inputs, attention_mask=mask)
+    inputs["token_mask"][1, 2] = False
+    message = (
+        r"^attention_mask: all positions that position 5 of sample 1 sees are elided, it itself is not\. Keep"
+    )
+    with pytest.raises(InvalidInput, match=message):
+        gated(**inputs, attention_mask=mask)
 
 
 def test_embeddings_stand_in_for_ids() -> None:

@@ -53,8 +53,16 @@ def function_verdict(op: Operands, analyse: Analyse) -> Verdict:
     for operand, axes, (value, gradient) in zip(operands, known, gradients, strict=True):
         if is_tensor(operand) and isinstance(value, torch.Tensor) and gradient.dims != axes.dims:
             raise op.refuse("function", "has a backward whose gradients do not have the axes of its inputs")
-    results = [axes for value, axes in outputs if isinstance(value, torch.Tensor)]
-    return Verdict(results[0] if isinstance(fake(op.node), torch.Tensor) else tuple(results))
+    found = fake(op.node)
+    if isinstance(found, torch.Tensor):
+        return Verdict(next(axes for value, axes in outputs if isinstance(value, torch.Tensor)))
+    # What is no tensor has a stand-in that nobody reads.
+    return Verdict(
+        tuple(
+            axes if isinstance(value, torch.Tensor) else op.symbols.axes_of_shape(stand_in.shape)
+            for (value, axes), stand_in in zip(outputs, found, strict=True)
+        )
+    )
 
 
 def _follow(

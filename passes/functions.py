@@ -50,7 +50,8 @@ def shield(gm: fx.GraphModule) -> list[Shielded]:
         single = isinstance(example, torch.Tensor)
         outputs = (example,) if single else tuple(example)
         values = [operand.meta["example_value"] for operand in operands]
-        described = [_described(node, values, output) for output in outputs]
+        read = _read_outputs(node, len(outputs))
+        described = [_described(node, values, output, index in read) for index, output in enumerate(outputs)]
         like = [index for index, _ in described]
         shapes = [number for _, shape in described for number in shape]
         with gm.graph.inserting_before(node):
@@ -76,13 +77,29 @@ def _is_tensor_operand(node: fx.Node, operand: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _described(node: fx.Node, operands: Sequence[torch.Tensor], output: Any) -> tuple[int, list[int]]:
-    """An operand of the output's dtype, and the output's shape, as `regate_fx::opaque` takes them."""
+def _read_outputs(node: fx.Node, count: int) -> set[int]:
+    users = list(node.users)
+    if all(user.target is operator.getitem and isinstance(user.args[1], int) for user in users):
+        return {user.args[1] for user in users if isinstance(user.args[1], int)}
+    return set(range(count))
+
+
+def _described(
+    node: fx.Node, operands: Sequence[torch.Tensor], output: Any, is_read: bool
+) -> tuple[int, list[int]]:
+    """An operand of the output's dtype, and the output's shape, as `regate_fx::opaque` takes them.
+
+    Dynamo of torch 2.11 also hands out what the forward body computes on its way. Nobody reads it: any dtype will do.
+    """
     alike = [
         index
         for index, value in enumerate(operands)
         if isinstance(output, torch.Tensor) and (value.dtype, value.device) == (output.dtype, output.device)
     ]
+    if not alike and operands and not is_read:
+        if not isinstance(output, torch.Tensor):
+            return 0, [-1]
+        alike = [0]
     if not alike:
         raise Refused(
             "function-shape", "an output of an autograd.Function has the dtype of none of its inputs", node

@@ -130,7 +130,8 @@ def rowwise(op: Operands, operands: Sequence[Axes]) -> Verdict:
     """An operator that broadcasts its operands and treats every element by itself."""
     dims = merge(operands, operator_name(op.node))
     result = Axes(dims)
-    if any(axes.meaning not in (None, Meaning.ARANGE) for axes in operands):
+    # Sorted ids are the rows' own, in another order; the other meanings number rows, or count them.
+    if any(axes.meaning not in (None, Meaning.ARANGE, Meaning.SORTED_IDS) for axes in operands):
         raise op.refuse(
             "row-numbers", "computes with row numbers or row counts outside a known expert dispatch"
         )

@@ -75,12 +75,13 @@ def pair(name: str, dtype: torch.dtype, **overrides: Any) -> tuple[nn.Module, nn
     return copy.deepcopy(on_cpu).cuda(), on_cpu
 
 
-NAMES = ["llama", "mistral", "gpt2", "bloom", "gemma2", "gpt_neox", "bart", "mixtral"]
+NAMES = ["llama", "mistral", "gpt2", "bloom", "gemma2", "gpt_neox", "phi", "qwen3"]
 
 
-# Scores of DeepSeek's experts are so close in bfloat16 that rounding chooses among them.
+# Experts in float32 have no kernel on a device, and a fallback that older versions of transformers cannot compile.
+# Scores of DeepSeek's are so close in bfloat16 that rounding chooses among them.
 @pytest.mark.parametrize(
-    ("name", "dtype"), [(name, dtype) for name in NAMES for dtype in (BF16, FP32)] + [("deepseek_v3", FP32)]
+    ("name", "dtype"), [(name, dtype) for name in NAMES for dtype in (BF16, FP32)] + [("mixtral", BF16)]
 )
 def test_a_step_is_that_of_the_oracle(name: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     on_cuda, on_cpu = pair(name, dtype)
@@ -91,7 +92,7 @@ def test_a_step_is_that_of_the_oracle(name: str, dtype: torch.dtype, generator: 
     assert gated.report.validation == "validated against the untouched model and the dense reference"
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("llama", BF16), ("gemma2", BF16), ("deepseek_v3", FP32)])
+@pytest.mark.parametrize(("name", "dtype"), [("llama", BF16), ("gemma2", BF16), ("gpt2", FP32)])
 def test_inductor(name: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     on_cuda, on_cpu = pair(name, dtype)
     gated = regate_fx.compile(on_cuda, backend="inductor")

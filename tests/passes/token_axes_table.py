@@ -59,6 +59,18 @@ def dispatched(w: Weights, x: Tensor) -> Tensor:
     return computed[inverse].view(*size(x), 2, D).sum(2)
 
 
+def dispatched_without_absent_experts(w: Weights, x: Tensor) -> Tensor:
+    """Rows whose expert lives elsewhere, last in the order, are zeroed; ids are clamped in place for the biases."""
+    rows = x.view(-1, D)
+    ids, order = torch.sort(rows.argmax(-1, keepdim=True).expand(-1, 2).reshape(-1))
+    absent = (ids >= D - 2).unsqueeze(-1)
+    ids.clamp_(max=D - 3)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(ids.shape[0], device=ids.device)
+    computed = (rows[order // 2] @ w.weight + w.table[ids]).masked_fill(absent, 0.0)
+    return computed[inverse].view(*size(x), 2, D).sum(2)
+
+
 ROWS: dict[str, tuple[Entry, str]] = {
     "linear": (lambda w, x: F.linear(x, w.weight, w.bias), "B, S, 8"),
     "convolution over single positions": (
@@ -107,6 +119,7 @@ ROWS: dict[str, tuple[Entry, str]] = {
     "a row for all positions": (lambda w, x: x + w.bias.expand(x.shape[1], D), "B, S, 8"),
     "whole slice": (lambda w, x: x[:, : x.shape[1]], "B, S, 8"),
     "expert dispatch": (dispatched, "B, S, 8"),
+    "expert dispatch without absent experts": (dispatched_without_absent_experts, "B, S, 8"),
     "attention over heads": (lambda w, x: heads_attention(x), "B, S, 2, 4"),
     "embedded row numbers": (
         lambda w, x: x * F.embedding(torch.arange(x.shape[0] * x.shape[1]), w.table).view(x.shape),

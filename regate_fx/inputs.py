@@ -208,7 +208,8 @@ def _refuse_blind_positions(name: str, mask: object, active: Tensor) -> None:
     for pairs in masks:
         if not isinstance(pairs, Tensor) or pairs.ndim != 4 or pairs.is_meta:
             continue
-        if pairs.shape[-2:] != (active.shape[1],) * 2 or pairs.device != active.device:
+        B, S = active.shape
+        if pairs.shape[0] not in (1, B) or pairs.shape[2:] != (S, S) or pairs.device != active.device:
             continue  # for the model to make sense of
         hidden = torch.finfo(pairs.dtype).min / 2 if pairs.is_floating_point() else 0
         sees = pairs > hidden

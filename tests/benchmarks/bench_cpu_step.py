@@ -8,7 +8,7 @@ batch physically holds only the active tokens, at their original positions: the 
 somebody had repacked the data. Before anything is timed, the gated loss must equal the hand-packed one.
 Results go to `results/`.
 
-Shapes: B samples, S positions, K active positions of a sample (the most of any sample where they differ).
+Shapes: B samples, S positions.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hand_packed import causal_only_model, pack, random_mask
 from machine import machine
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import regate_fx
 
 B, S, VOCABULARY = 4, 256, 2048
-IGNORED = -100
 GOALS = {("gated, half", "hand-packed, half"): 1.05, ("gated, half", "dense"): 0.60}
 HEADINGS = ("variant", "positions", "ms", "quartiles, ms", "/ dense", "compile, s")
 RESULTS = Path(__file__).parent / "results"
@@ -72,50 +71,12 @@ def make_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def random_mask(counts: list[int]) -> Tensor:
-    """bool [B, S] with `counts[b]` active positions in sample b."""
-    order = torch.rand(B, S).argsort(dim=1).argsort(dim=1)
-    return order < torch.tensor(counts)[:, None]
-
-
-def causal_only_model(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A copy whose attention is causal by row and builds no mask tensor.
-
-    That is right for a packed batch, and faster than the mask transformers would build for it.
-    """
-    AttentionInterface.register("causal_only", sdpa_attention_forward)
-    AttentionMaskInterface.register("causal_only", lambda *args, **kwargs: None)
-    packed = copy.deepcopy(model)
-    packed.set_attn_implementation("causal_only")
-    return packed
-
-
-def pack(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """The active positions of each sample, moved to the front: arguments of a hand-packed call, all [B, K].
-
-    Each position brings the label it predicts along, so the labels are passed already shifted. Where samples
-    differ in length, the tail is padding without labels; causal attention never looks at it.
-    """
-    K = int(mask.sum(1).max())
-    position_ids = mask.int().argsort(dim=1, descending=True, stable=True)[:, :K]
-    labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
-    labels = labels.gather(1, position_ids).masked_fill(~mask.gather(1, position_ids), IGNORED)
-    input_ids = ids.gather(1, position_ids)
-    return {
-        "input_ids": input_ids,
-        "position_ids": position_ids,
-        "attention_mask": torch.ones_like(input_ids),
-        "labels": labels,
-        "shift_labels": labels,
-    }
-
-
 def make_steps() -> dict[str, tuple[int, Step]]:
     """For every variant, how many positions it computes and its step, which returns the loss."""
     model = make_model()
     ids = torch.randint(VOCABULARY, (B, S))
-    half = random_mask([S // 2] * B)
-    ragged = random_mask([S // 4, 3 * S // 8, 5 * S // 8, 3 * S // 4])
+    half = random_mask([S // 2] * B, S)
+    ragged = random_mask([S // 4, 3 * S // 8, 5 * S // 8, 3 * S // 4], S)
     everything = torch.ones(B, S, dtype=torch.bool)
     gated = regate_fx.compile(copy.deepcopy(model), backend="inductor")
     packed_model = causal_only_model(model)

@@ -7,13 +7,12 @@ turns in one process, so that each ratio is between medians of the same minutes.
 only the active tokens at their original positions, with causal attention and no mask: the best a step could cost if
 somebody had repacked the data. Losses must agree before anything is timed. Results go to `results/`.
 
-Shapes: B samples, S positions, N active positions, K active positions of each sample.
+Shapes: B samples, S positions.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import time
@@ -26,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hand_packed import causal_only_model, pack, random_mask
 from machine import machine
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import regate_fx
 from regate_fx.runtime import DualCycle, ReGate, label_table
@@ -66,7 +65,6 @@ GOALS = {
     ("gated 0.5", "dense compiled", "peak_gb"): 0.55,
 }
 RESULTS = Path(__file__).parent / "results"
-IGNORED = -100
 
 Forward = Callable[[], Any]
 
@@ -136,34 +134,6 @@ def make_model(width: str, layers: int, longest: int, vocabulary: int, device: s
         return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
-def causal_only_model(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The same parameters under attention that is causal by row and builds no mask: right for hand-packed rows."""
-    AttentionInterface.register("causal_only", sdpa_attention_forward)
-    AttentionMaskInterface.register("causal_only", lambda *args, **kwargs: None)
-    packed = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    packed.set_attn_implementation("causal_only")
-    return packed
-
-
-def random_mask(B: int, S: int, share: float, device: str) -> Tensor:
-    """bool [B, S] with the same number K of active positions in each sample."""
-    order = torch.rand(B, S, device=device).argsort(dim=1).argsort(dim=1)
-    return order < round(share * S)
-
-
-def pack(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Arguments of a hand-packed call, all [B, K]; each position brings the label that it predicts."""
-    K = int(mask.sum(1).max())
-    position_ids = mask.int().argsort(dim=1, descending=True, stable=True)[:, :K]
-    labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED).gather(1, position_ids)
-    return {
-        "input_ids": ids.gather(1, position_ids),
-        "position_ids": position_ids,
-        "labels": labels,
-        "shift_labels": labels,
-    }
-
-
 def make_gate(ids: Tensor) -> tuple[ReGate, dict[str, Any]]:
     """A gate that keeps a random half of the labels in every step, and the batch as it collates it."""
     rows = [{"input_ids": row, "labels": row, "sample_id": n} for n, row in enumerate(ids.tolist())]
@@ -192,7 +162,7 @@ def make_variants(
     if eager:
         add("dense eager", B * S, model, input_ids=ids, labels=ids)
     add("dense compiled", B * S, torch.compile(model, dynamic=False), input_ids=ids, labels=ids)
-    masks = {share: random_mask(B, S, share, device) for share in SHARES}
+    masks = {share: random_mask([round(share * S)] * B, S, device) for share in SHARES}
     packed = pack(ids, masks[0.5])
     compiled = torch.compile(causal_only_model(model), dynamic=False)
     add("hand-packed 0.5", packed["input_ids"].numel(), compiled, **packed)

@@ -75,7 +75,10 @@ Form = Index | Padding | Sees | Constant | None
 
 @dataclass(frozen=True)
 class ProveMasks:
-    """Prove the mask of every attention operator; puts `{node: MaskProof}` into the findings."""
+    """Prove the mask of every attention operator; puts `{node: MaskProof}` into the findings.
+
+    Beside it, as `padding`: the nodes that are the padding mask, by key.
+    """
 
     name: str = "prove_masks"
     after: tuple[str, ...] = ("token_axes",)
@@ -92,6 +95,7 @@ class ProveMasks:
             if kind is Kind.ATTENTION
         }
         ctx.findings["masks"] = masks
+        ctx.findings["padding"] = {node for node, form in forms.items() if form == Padding(-1)}
         return PassResult(gm, sum(not proof.explicit for proof in masks.values()))
 
 

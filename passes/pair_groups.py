@@ -10,6 +10,7 @@ from torch import fx
 from regate_fx.passes.axes import Axes, Token
 from regate_fx.passes.base import Refused, operator_name
 from regate_fx.passes.contractions import Factor, over_positions
+from regate_fx.passes.hidden_keys import HiddenKeys
 from regate_fx.passes.rules import Operands
 from regate_fx.passes.rules_math import MASKABLE, reduced_dims
 from regate_fx.passes.token_axes import TokenAxes
@@ -22,12 +23,12 @@ _NORMALISING = {"aten.softmax", "aten._softmax"}
 
 
 def why_no_attention(
-    nodes: tuple[fx.Node, ...], analysis: TokenAxes, content: TokenContent
+    nodes: tuple[fx.Node, ...], analysis: TokenAxes, content: TokenContent, hidden: HiddenKeys
 ) -> Refused | None:
     """A group of pair operators must be an attention.
 
     It sums over keys with weights that depend on the (query, key) pair's content, what it sums over are tokens, and
-    what leaves it are rows of tokens again, with both token axes.
+    what leaves it are rows of tokens again, with both token axes. A key that a mask hides counts for nothing in it.
     """
     members = set(nodes)
     for node in nodes:
@@ -36,6 +37,8 @@ def why_no_attention(
             return Refused("mixes-tokens", f"{name} {reason}", node)
         if _reduces_queries(node, analysis):
             return Refused("mixes-tokens", f"{name} sums over queries, or takes them for keys", node)
+        if (counted := _why_hidden_counts(node, analysis, hidden)) is not None:
+            return Refused("hidden-keys", f"{name} {counted}", node)
         leaves = any(user not in members for user in node.users)
         axes = analysis.axes[node]
         if leaves and (not isinstance(axes, Axes) or axes.sequences != 1):
@@ -72,6 +75,12 @@ def _summed_together(op: Operands) -> list[list[Factor]]:
     return [
         [Factor(op["self"], axes, dim, 0)] for dim in reduced_dims(op, axes) if axes.dims[dim] == (Token.S,)
     ]
+
+
+def _why_hidden_counts(node: fx.Node, analysis: TokenAxes, hidden: HiddenKeys) -> str | None:
+    """Why a sum over keys is another one where elided keys are left out than where a mask hides them."""
+    op = Operands(node, analysis.axes, analysis.symbols)
+    return hidden.why_counted(op) if _summed_together(op) else None
 
 
 def _last_sequence(axes: Axes) -> int:

@@ -10,6 +10,7 @@ from regate_fx.ops.attention_kernels import supported
 from regate_fx.passes.axes import Axes
 from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_tensors, operator_name
 from regate_fx.passes.gradients import learned_nodes
+from regate_fx.passes.hidden_keys import HiddenKeys, hidden_keys
 from regate_fx.passes.layers import DecoderStack, Layer, numbered_modules
 from regate_fx.passes.layouts import Layout
 from regate_fx.passes.masks import MaskProof
@@ -52,8 +53,9 @@ class Place:
         stack: DecoderStack = ctx.findings["layers"]
         _refuse_mixed_sums(stack, analysis)
         content = token_content(gm.graph.nodes, stack, analysis)
+        hidden = hidden_keys(gm.graph.nodes, stack, analysis, ctx.findings["padding"])
         for layer in stack.layers:
-            layer.refused = _why_not(layer, stack, analysis, content)
+            layer.refused = _why_not(layer, stack, analysis, content, hidden)
         placement = _Placer(gm, stack, analysis, ctx.findings["masks"]).place()
         ctx.findings["placement"] = placement
         refusals = tuple(
@@ -62,13 +64,15 @@ class Place:
         return PassResult(gm, len(placement.layouts), refusals)
 
 
-def _why_not(layer: Layer, stack: DecoderStack, analysis: TokenAxes, content: TokenContent) -> Refused | None:
+def _why_not(
+    layer: Layer, stack: DecoderStack, analysis: TokenAxes, content: TokenContent, hidden: HiddenKeys
+) -> Refused | None:
     """The first reason, in graph order, why a layer cannot be gated."""
     for node, refused in analysis.unproven.items():
         if stack.segment.get(node) == layer.index:
             return refused
     for attention in layer.attentions:
-        if (reason := why_no_attention(attention.nodes, analysis, content)) is not None:
+        if (reason := why_no_attention(attention.nodes, analysis, content, hidden)) is not None:
             return reason
     return None
 

@@ -376,6 +376,109 @@ def writes_to_first_sample(b: Block, x: Tensor, m: Any) -> Tensor:
     return x.scatter(2, torch.zeros(1, x.shape[1], 1, dtype=torch.int64), 3.0)
 
 
+def seen(b: Block, x: Tensor, m: Any) -> Tensor:
+    """bool [B, S, S]: which keys a query sees."""
+    S = x.shape[1]
+    return m[:, 0] if m is not None else torch.ones(S, S, dtype=torch.bool).tril()
+
+
+def zeros_before_logsumexp(b: Block, x: Tensor, m: Any) -> Tensor:
+    scores = torch.where(seen(b, x, m), x @ x.mT, 0.0)
+    return scores.logsumexp(-1, keepdim=True) * (scores @ x) / 10
+
+
+def zeros_before_amax(b: Block, x: Tensor, m: Any) -> Tensor:
+    scores = (x @ x.mT) * seen(b, x, m)
+    return scores.amax(-1, keepdim=True) * (scores @ x) / 10
+
+
+def zeros_before_sigmoid(b: Block, x: Tensor, m: Any) -> Tensor:
+    return (x @ x.mT).masked_fill(~seen(b, x, m), 0.0).sigmoid() @ x
+
+
+def zeros_before_sigmoid_summed(b: Block, x: Tensor, m: Any) -> Tensor:
+    weights = torch.where(seen(b, x, m), x @ x.mT, 0.0).sigmoid()
+    return (weights[..., None] * x[:, None]).sum(2)
+
+
+def zeros_before_softmax(b: Block, x: Tensor, m: Any) -> Tensor:
+    return torch.where(seen(b, x, m), x @ x.mT, 0.0).softmax(-1) @ x
+
+
+def hidden_too_little(b: Block, x: Tensor, m: Any) -> Tensor:
+    return (x @ x.mT).masked_fill(~seen(b, x, m), -5.0).softmax(-1) @ x
+
+
+def bias_behind_softmax(b: Block, x: Tensor, m: Any) -> Tensor:
+    """Heads that talk behind the softmax: the bias is the weight of every key, hidden or not."""
+    weights = hide(x @ x.mT, m).softmax(-1)[..., None]
+    return F.linear(weights, b.weight[:1, :1], b.scale[:1])[..., 0] @ x
+
+
+COUNTED: dict[Extra, str] = {
+    zeros_before_logsumexp: "aten.logsumexp counts 0",
+    zeros_before_amax: "aten.amax counts 0",
+    zeros_before_sigmoid: "aten.matmul counts 0.5",
+    zeros_before_sigmoid_summed: "aten.sum counts more than nothing",
+    zeros_before_softmax: "aten.softmax counts 0",
+    hidden_too_little: "aten.softmax counts -5",
+    bias_behind_softmax: "aten.matmul counts more than nothing",
+}
+
+
+@pytest.mark.parametrize("extra", COUNTED, ids=lambda extra: extra.__name__)
+def test_a_sum_that_would_count_hidden_keys_is_not_gated(extra: Extra) -> None:
+    """Whoever leaves an elided key out of it computes something else than the model that hides it."""
+    model = decoder(extra, layers=1)
+    reasons = why_dense(gate(model), model)
+    assert reasons
+    assert all(re.search(f"{COUNTED[extra]} for every key that a mask hides", reason) for reason in reasons)
+
+
+def lowest_of_products(b: Block, x: Tensor, m: Any) -> Tensor:
+    """Masks by a product and a sum, as models before bool masks have them."""
+    visible = seen(b, x, m).to(x.dtype)
+    scores = (x @ x.mT) * visible - 1e4 * (1 - visible)
+    return scores.softmax(-1) @ x
+
+
+def largest_weight(b: Block, x: Tensor, m: Any) -> Tensor:
+    """Zero is no larger than any weight."""
+    weights = hide(x @ x.mT, m).softmax(-1)
+    return weights.amax(-1, keepdim=True) * (weights @ x)
+
+
+def entropy(b: Block, x: Tensor, m: Any) -> Tensor:
+    weights = hide(x @ x.mT, m).softmax(-1)
+    return (weights @ x) * (weights * (weights + 1e-9).log()).sum(-1, keepdim=True)
+
+
+def zeros_then_lowest(b: Block, x: Tensor, m: Any) -> Tensor:
+    """A local pattern of zeros, of which a later mask leaves nothing where it hides."""
+    i = torch.arange(x.shape[1])
+    near = torch.where((i[:, None] - i).abs() < 3, x @ x.mT, 0.0)
+    return hide(near, m).softmax(-1) @ x
+
+
+def masked_values(b: Block, x: Tensor, m: Any) -> Tensor:
+    """Weights without softmax that a product with the mask hides."""
+    weights = (x @ x.mT).relu().square() * seen(b, x, m)
+    return (weights / (weights.sum(-1, keepdim=True) + 1)) @ x
+
+
+UNCOUNTED: tuple[Extra, ...] = (
+    lowest_of_products, largest_weight, entropy, zeros_then_lowest, masked_values,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", UNCOUNTED, ids=lambda extra: extra.__name__)
+def test_a_sum_that_counts_nothing_for_hidden_keys_is_gated(extra: Extra) -> None:
+    model = decoder(extra, layers=1)
+    gated = gate(model)
+    assert_is_key_masked(gated, model, batch(3), some_active(3))
+    assert {layer.kind for layer in gated.report.layers} <= {"varlen", "compact"}
+
+
 MIXING: dict[Extra, str] = {
     convolution: "aten.conv1d|aten.pad",
     running_sum: "aten.cumsum",
@@ -415,14 +518,15 @@ MIXING: dict[Extra, str] = {
 def test_what_mixes_tokens_is_never_gated(extra: Extra) -> None:
     """The layer that mixes is dense and says why, or nothing is gated; all positions active is eager in any case."""
     model = decoder(extra, layers=1)
-    gated = gate(model)
+    reasons = why_dense(gate(model), model)
+    assert reasons
+    assert all(re.search(MIXING[extra], reason) for reason in reasons)
+
+
+def why_dense(gated: Any, model: torch.nn.Module) -> list[str]:
+    """Why layers are dense, or the one refusal."""
     refusal = refusal_of(gated, model, batch(3))
-    if refusal is not None:
-        assert re.search(MIXING[extra], refusal)
-        return
-    dense = [layer.reason for layer in gated.report.layers if layer.kind == "dense"]
-    assert dense
-    assert all(re.search(MIXING[extra], reason) for reason in dense)
+    return [refusal] if refusal else [layer.reason for layer in gated.report.layers if layer.kind == "dense"]
 
 
 IN_ONE_SAMPLE: tuple[Extra, ...] = (memory_slots, as_wide_as_long, writes_to_first_position)

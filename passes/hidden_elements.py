@@ -1,0 +1,90 @@
+"""What an elementwise operator makes of the constants that its operands hold at hidden keys."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from regate_fx.passes.base import fake, operator_name
+from regate_fx.passes.rules import RULES
+from regate_fx.passes.rules_math import elementwise
+
+# What a value may be at a hidden key; nothing where that is not known. NOT_ZERO: it is another one than zero.
+Constants = frozenset[float]
+UNKNOWN: Constants = frozenset()
+NOT_ZERO = math.nan
+# exp(-100) is lost beside any score that a model gives.
+NEGLIGIBLE = -100.0
+
+_MOST = 8  # combinations of constants followed
+_PROBES = (0.7, -1.3, 3.1)  # in place of values that are not known
+_SAME = 1e-2  # relative spread under which a result is taken to be independent of the probes
+_SCALE = {"aten.mul", "aten.div"}  # by what is not known: not to zero
+_WHERE_IT_LIES = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether an operator makes every element from those in its place, by no chance."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    name, tags = operator_name(node), node.target.tags
+    if torch.Tag.nondeterministic_seeded in tags:
+        return False
+    return name == "aten._to_copy" or torch.Tag.pointwise in tags or RULES.get(name) is elementwise
+
+
+def of_elements(node: fx.Node, operands: Sequence[fx.Node], constants: Sequence[Constants]) -> Constants:
+    """The operator's own results for every choice of constants, where they do not depend on what is not known."""
+    if not any(constants) or math.prod(max(len(known), 1) for known in constants) > _MOST:
+        return UNKNOWN
+    choices = itertools.product(*(tuple(known) or (None,) for known in constants))
+    results = {_result(node, operands, choice) for choice in choices}
+    return frozenset(value for value in results if value is not None)
+
+
+def _result(node: fx.Node, operands: Sequence[fx.Node], choice: tuple[float | None, ...]) -> float | None:
+    """What the operator makes of one choice; None where it depends on the operands without a constant."""
+    numbers = [value for value in choice if value is not None and not math.isnan(value)]
+    results = []
+    for probe in _PROBES if len(numbers) < len(choice) else _PROBES[:1]:
+        values = [probe if value is None or math.isnan(value) else value for value in choice]
+        results.append(_run(node, dict(zip(operands, values, strict=True))))
+    first = results[0]
+    if first is None or math.isnan(first):
+        return None
+    if all(value is not None and _is_close(value, first) for value in results):
+        return first
+    scales = operator_name(node) in _SCALE and all(0 < abs(value) < -NEGLIGIBLE for value in numbers)
+    of_not_zero = len(numbers) + choice.count(None) < len(choice)
+    return NOT_ZERO if scales or of_not_zero else None
+
+
+def _is_close(a: float, b: float) -> bool:
+    return a == b or abs(a - b) <= _SAME * max(abs(a), abs(b))
+
+
+def _run(node: fx.Node, values: dict[fx.Node, float]) -> float | None:
+    """The operator on tensors without dimensions; None where it gives no number."""
+    kwargs = {name: value for name, value in node.kwargs.items() if name not in _WHERE_IT_LIES}
+    assert callable(node.target)
+    try:
+        with unset_fake_temporarily(), torch.no_grad():
+            scalars = {operand: _scalar(value, operand) for operand, value in values.items()}
+            args, kwargs = fx.map_arg((node.args, kwargs), scalars.get)
+            result = node.target(*args, **kwargs)
+    except Exception:
+        return None  # it takes something else than numbers here
+    is_number = isinstance(result, torch.Tensor) and result.dim() == 0 and not result.is_complex()
+    return float(result) if is_number else None
+
+
+def _scalar(value: float, like: fx.Node) -> torch.Tensor:
+    dtype = fake(like).dtype
+    if dtype is torch.bool:
+        return torch.tensor(value > 0)
+    return torch.tensor(value if dtype.is_floating_point else int(value), dtype=dtype)

@@ -8,6 +8,7 @@ dimension of size one is `()`. The order of factors is what plain sizes cannot t
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, TypeVar, cast
@@ -80,20 +81,20 @@ class Axes:
     def __len__(self) -> int:
         return len(self.dims)
 
-    @property
+    @functools.cached_property
     def factors(self) -> tuple[Factor, ...]:
         return tuple(factor for dim in self.dims for factor in dim)
 
-    @property
+    @functools.cached_property
     def sequences(self) -> int:
         """How many sequence axes there are: 1 for states, 2 for anything over (query, key) pairs."""
         return sum(is_sequence(factor) for factor in self.factors)
 
-    @property
+    @functools.cached_property
     def has_batch(self) -> bool:
         return Token.B in self.factors or any(isinstance(f, Sorted) and Token.B in f.of for f in self.factors)
 
-    @property
+    @functools.cached_property
     def has_tokens(self) -> bool:
         return any(has_token(dim) for dim in self.dims)
 

@@ -54,11 +54,12 @@ class ElideTokens:
         rewriter = Rewriter(gm, graph, ctx)
         rewriter.run()
         ctx.findings["loss"] = rewriter.loss.nll is not None
-        result = fx.GraphModule(gm, graph)
-        result.meta = dict(gm.meta)
+        # Not by the setter, which writes the code too: that is done once, when all passes have run.
+        gm._graph = graph
+        graph.owning_module = gm
         stack: DecoderStack = ctx.findings["layers"]
         gated = sum(len(layer.attentions) for layer in stack.layers if layer.refused is None)
-        return PassResult(result, gated)
+        return PassResult(gm, gated)
 
 
 @dataclass

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, disable_fake_tensor_cache
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 
 from regate_fx.passes.base import fake
-from regate_fx.passes.fake_results import READS_VALUES, call_key
+from regate_fx.passes.fake_results import READS_VALUES, CallKeys
 
 # What a rewritten node inherits from the node it stands for.
 _INHERITED = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "autocast", "seq_nr")
@@ -30,6 +30,7 @@ class Emitter:
         self.graph = graph
         self._fake_mode = fake_mode
         self._like: fx.Node | None = None
+        self._keys = CallKeys()
         self._results: dict[Hashable, Any] = {}
         self._sharing: set[fx.Node] = set()
 
@@ -48,13 +49,12 @@ class Emitter:
             self._own_values(node.all_input_nodes)
         values, named = fx.map_arg((args, kwargs), fake)
         autocast = node.meta.get("autocast", ())
-        key = call_key(target, values, named)
+        key = self._keys.of(target, values, named)
         if key is not None and (key, autocast) in self._results:
             node.meta["val"] = self._results[key, autocast]
             self._sharing.add(node)
             return node
-        # The Python dispatcher brings decompositions that keep sizes symbolic where C++ kernels would read them.
-        with self._fake_mode, enable_python_dispatcher(), _autocast(autocast):
+        with self._computing(), _autocast(autocast):
             node.meta["val"] = target(*values, **named)
         # A number read from a tensor has a symbol of its own, which a later capture looks for at this node.
         if bindings := compute_unbacked_bindings(self._fake_mode.shape_env, node.meta["val"]):
@@ -62,6 +62,15 @@ class Emitter:
         elif key is not None:
             self._results[key, autocast] = node.meta["val"]
         return node
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Fake values, by decompositions that keep sizes symbolic where C++ kernels would read them.
+
+        The mode's own cache costs more than it saves beside the one here.
+        """
+        with disable_fake_tensor_cache(self._fake_mode), self._fake_mode, enable_python_dispatcher():
+            yield
 
     def _own_values(self, nodes: list[fx.Node]) -> None:
         """A fake value keeps the symbols of the numbers that were read from it: what is read must not be shared."""

@@ -24,14 +24,33 @@ _PLAIN = (
 )
 
 
-def call_key(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
-    """Equal for calls whose results differ in nothing that a fake value shows; None where that is not known."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return None
-    try:
-        return (target, value_key(args), *((name, value_key(value)) for name, value in kwargs.items()))
-    except Undecided:
-        return None
+class CallKeys:
+    """Keys of calls. A tensor is described once: a graph of alike layers uses few values many times."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
+        self._seen: dict[
+            int, tuple[torch.Tensor, int]
+        ] = {}  # by identity; held, so that no other takes it over
+
+    def of(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
+        """Equal for calls whose results differ in nothing that a fake value shows; None where that is not known."""
+        if not isinstance(target, torch._ops.OpOverload):
+            return None
+        try:
+            return (target, self._key(args), *((name, self._key(value)) for name, value in kwargs.items()))
+        except Undecided:
+            return None
+
+    def _key(self, value: Any) -> Hashable:
+        if isinstance(value, (tuple, list)):
+            return tuple(map(self._key, value))
+        if not isinstance(value, FakeTensor):
+            return value_key(value)
+        if id(value) not in self._seen:
+            number = self._numbers.setdefault(value_key(value), len(self._numbers))
+            self._seen[id(value)] = (value, number)
+        return FakeTensor, self._seen[id(value)][1]
 
 
 class Undecided(Exception):

@@ -46,6 +46,7 @@ _KEEP = MOVES | {
 _NOT_NEGATIVE = {
     "aten.exp", "aten.sigmoid", "aten.square", "aten.abs", "aten.relu", "aten.softplus", "aten.exp2",
 } | _SOFTMAX  # fmt: skip
+_VALUES = {"aten.where": (1, 2), "aten.masked_fill": (0, 2)}  # the operands whose values are the result's
 _NOT_NEGATIVE_OF_SUCH = {"aten.add", "aten.mul", "aten.div", "aten.where", "aten.masked_fill", "aten.sqrt"}
 
 
@@ -129,7 +130,9 @@ def _is_not_negative(node: fx.Node, found: HiddenKeys) -> bool:
         return node.args[0] in found.not_negative
     if name not in _NOT_NEGATIVE_OF_SUCH or node.kwargs:
         return False
-    places = {"aten.where": (1, 2), "aten.masked_fill": (0, 2)}.get(name, range(len(node.args)))
+    places = _VALUES.get(name, range(len(node.args)))
+    if len(node.args) <= max(places):
+        return False  # `where(condition)` gives places
     return all(_is_known_above_zero(node.args[place], found) for place in places)
 
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from regate_fx.passes.emit import Emitter
-from regate_fx.passes.fake_results import call_key
+from regate_fx.passes.fake_results import CallKeys
 
 aten = torch.ops.aten
 
@@ -94,5 +94,5 @@ def test_every_value_that_is_read_has_symbols_of_its_own(written: Written, read:
 
 
 def test_real_tensors_and_functions_are_not_compared(written: Written) -> None:
-    assert call_key(aten.exp.default, (torch.ones(2),), {}) is None
-    assert call_key(torch.exp, (written.mode.from_tensor(torch.ones(2)),), {}) is None
+    assert CallKeys().of(aten.exp.default, (torch.ones(2),), {}) is None
+    assert CallKeys().of(torch.exp, (written.mode.from_tensor(torch.ones(2)),), {}) is None

@@ -17,6 +17,7 @@ from regate_fx.passes.cleanup import RemoveUnused
 from regate_fx.passes.dense_reference import DenseReference
 from regate_fx.passes.elide import ElideTokens
 from regate_fx.passes.functionalize import Functionalize
+from regate_fx.passes.head_loss import FuseHeadLoss
 from regate_fx.passes.layers import FindLayers
 from regate_fx.passes.masked_rows import AddMaskedRows
 from regate_fx.passes.masks import ProveMasks
@@ -47,9 +48,11 @@ ELIDE: tuple[Pass, ...] = (
 )
 MASK: tuple[Pass, ...] = (Place(), DenseReference())
 CLEAN: tuple[Pass, ...] = (RemoveUnused(),)
-FINISH = (*CLEAN, CloseBrackets())  # last: from here on the position of a node matters again
-PIPELINE = NORMALISE + ANALYSE + ELIDE + FINISH
-LAYERWISE = NORMALISE + ANALYSE + ELIDE + CLEAN  # brackets are closed in each part by itself
+FUSE: tuple[Pass, ...] = (FuseHeadLoss(),)  # after the clean-up: who reads the logits is then to be seen
+CLOSE: tuple[Pass, ...] = (CloseBrackets(),)  # last: from here on the position of a node matters again
+FINISH = CLEAN + CLOSE
+PIPELINE = NORMALISE + ANALYSE + ELIDE + CLEAN + FUSE + CLOSE
+LAYERWISE = NORMALISE + ANALYSE + ELIDE + CLEAN + FUSE  # brackets are closed in each part by itself
 REFERENCE = NORMALISE + ANALYSE + MASK + FINISH
 
 

@@ -26,6 +26,7 @@ def compile(
     gate: Gate | None = None,
     scope: Scope = "model",
     strict: bool = True,
+    fused_loss: bool | None = None,
 ) -> Any:
     """Return `model` with one more argument, `token_mask`: the decoder computes only the positions it keeps.
 
@@ -42,6 +43,10 @@ def compile(
                  once, with packed states handed from layer to layer: for deep models, and for FSDP2.
     strict:      False: where no layer can be gated, warn once and run the untouched model, on every position and every
                  label, in place of raising `NotGateable`. Its output has no `token_loss`, so that no gate can use it.
+    fused_loss:  True: compute losses by chunks of rows, so that the logits of all active rows never exist, at the price
+                 of computing logits twice; False: by the logits of all rows; None: True where those of the first batch
+                 would take more than 1 GiB in float32. Heads whose logits are scaled or capped, or that are read by
+                 anything but the loss, keep theirs.
 
     `gated(input_ids=..., labels=..., token_mask=mask)`, mask bool [B, S], returns an output with `loss` (mean over
     counted labels), `token_loss` float32 [B, S] and `counted` bool [B, S]. Without `token_mask` the untouched
@@ -60,5 +65,7 @@ def compile(
             "is False together with a gate, which learns from the per-token losses of gated calls.",
             "Drop one; `regate_fx.explain` says beforehand whether a model can be gated.",
         )
-    engine = GatedEngine(original, Options(backend, keep_logits, validate, reference, scope, strict))
+    engine = GatedEngine(
+        original, Options(backend, keep_logits, validate, reference, scope, strict, fused_loss)
+    )
     return wrap(original, engine, gate)

@@ -17,6 +17,7 @@ from regate_fx.errors import LayerRefusal, NotGateable, PassFailed
 from regate_fx.layerwise import LayerwiseGraph, compile_parts
 from regate_fx.passes.base import Pass, PassContext, Refused
 from regate_fx.passes.bounds import Bound
+from regate_fx.passes.head_loss import FuseHeadLoss
 from regate_fx.passes.pipeline import (
     ANALYSE,
     FINISH,
@@ -62,6 +63,7 @@ class GatingBackend:
     layerwise: split the graph at the ends of its layers and compile each by itself.
     sharding: of the model in the call that runs, whose parameters are then stand-ins.
     stops: raise `Captured` in place of running a graph; in `whole` mode then nothing of the model is computed.
+    fused_loss: never build the logits of all rows for the loss; None where they would be large.
     """
 
     compiler: str | Compiled
@@ -73,6 +75,7 @@ class GatingBackend:
     layerwise: bool = False
     sharding: Sharding | None = None
     stops: bool = False
+    fused_loss: bool | None = None
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         self.captures.graphs += 1
@@ -139,8 +142,7 @@ class GatingBackend:
         try:
             if self.whole:
                 _refuse_sizes_from_data(gm)
-            passes = LAYERWISE if self.layerwise else self.passes
-            run = run_passes(_copy(gm), PassContext(), passes, dump=keep)
+            run = run_passes(_copy(gm), PassContext(), self._chosen_passes(), dump=keep)
         except Refused as refused:
             self.captures.refusals.append(refused.kept())
             if self.whole and refused.code == "number":
@@ -151,6 +153,16 @@ class GatingBackend:
             return None
         self.captures.runs.append(run)
         return run
+
+    def _chosen_passes(self) -> Sequence[Pass]:
+        passes = LAYERWISE if self.layerwise else self.passes
+        if self.fused_loss is None:
+            return passes
+        if self.fused_loss:
+            return [
+                FuseHeadLoss(least_bytes=0) if isinstance(step, FuseHeadLoss) else step for step in passes
+            ]
+        return [step for step in passes if not isinstance(step, FuseHeadLoss)]
 
     def _compiler(self) -> Compiled:
         return lookup_backend(self.compiler) if isinstance(self.compiler, str) else self.compiler

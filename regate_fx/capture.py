@@ -58,6 +58,7 @@ class Options:
     reference: bool = False
     scope: Scope = "model"
     strict: bool = True
+    fused_loss: bool | None = None
 
 
 class CapturedModel:
@@ -86,8 +87,9 @@ class CapturedModel:
         passes = REFERENCE if self.options.reference else PIPELINE
         layerwise = self.options.scope == "layers" and not self.options.reference
         self._backend = GatingBackend(
-            self.options.backend, passes, whole=whole, referable=self._is_checking, layerwise=layerwise
-        )
+            self.options.backend, passes, whole=whole, referable=self._is_checking, layerwise=layerwise,
+            fused_loss=self.options.fused_loss,
+        )  # fmt: skip
         self.graphs: list[PipelineRun] = []
         self._runs: dict[frozenset[str], Callable[..., Any]] = {}
 

@@ -1,0 +1,105 @@
+"""A head and its loss become one operator where nothing else reads the logits, and the step stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from captured import operators, run_on
+from gating import assert_is_key_masked, assert_same_step, gate, step
+from small_decoder import V, batch, decoder, shifted_labels, shifted_logits, some_active, unshifted
+from torch import Tensor, nn
+
+from regate_fx.passes.head_loss import FuseHeadLoss
+from regate_fx.passes.pipeline import ANALYSE, CLEAN, ELIDE, NORMALISE
+
+LossCode = Callable[[Tensor, Tensor], Tensor]
+FUSED = (*NORMALISE, *ANALYSE, *ELIDE, *CLEAN, FuseHeadLoss(least_bytes=0))
+
+
+def in_float32(logits: Tensor, labels: Tensor) -> Tensor:
+    return shifted_labels(logits.float(), labels)
+
+
+def capped(logits: Tensor, labels: Tensor) -> Tensor:
+    return shifted_labels(torch.tanh(logits / 5) * 5, labels)
+
+
+def scaled(logits: Tensor, labels: Tensor) -> Tensor:
+    return shifted_labels(logits * 0.5, labels)
+
+
+class Loss(nn.Module):
+    def __init__(self, loss: LossCode) -> None:
+        super().__init__()
+        self.model = decoder(layers=1, loss=loss)
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return self.model(**inputs).loss
+
+
+@pytest.mark.parametrize("code", [shifted_labels, shifted_logits, unshifted, in_float32])
+def test_no_logits_are_left(code: LossCode) -> None:
+    graph = run_on(Loss(code), batch(3), FUSED, some_active(3)).graph_module
+    found = operators(graph)
+    assert found["regate_fx.head_loss"] == 1
+    assert not found["aten.cross_entropy_loss"]
+    computed = [node.meta["val"] for node in graph.graph.nodes if node.op == "call_function"]
+    assert not any(isinstance(value, Tensor) and value.shape[-1:] == (V,) for value in computed)
+
+
+@pytest.mark.parametrize("code", [capped, scaled])
+def test_logits_that_are_changed_stay(code: LossCode) -> None:
+    found = operators(run_on(Loss(code), batch(3), FUSED, some_active(3)).graph_module)
+    assert not found["regate_fx.head_loss"]
+    assert found["aten.cross_entropy_loss"] == 1
+
+
+def test_small_logits_stay_by_default() -> None:
+    passes = (*FUSED[:-1], FuseHeadLoss())
+    assert not operators(run_on(Loss(shifted_labels), batch(3), passes, some_active(3)).graph_module)[
+        "regate_fx.head_loss"
+    ]
+    large = FuseHeadLoss(least_bytes=4 * 3 * V)  # of a row for each sample, at most what is active
+    found = operators(
+        run_on(Loss(shifted_labels), batch(3), (*FUSED[:-1], large), some_active(3)).graph_module
+    )
+    assert found["regate_fx.head_loss"] == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("scope", ["model", "layers"])
+def test_a_fused_step_is_the_same_step(backend: str, scope: str) -> None:
+    model = decoder(layers=2)
+    fused = gate(model, backend, scope=scope, fused_loss=True)
+    plain = gate(model, backend, scope=scope, fused_loss=False)
+    inputs, active = batch(3), some_active(3)
+    seen = step(fused, **inputs, token_mask=active)
+    wanted = step(plain, **inputs, token_mask=active)
+    assert_same_step(seen, wanted)
+    torch.testing.assert_close(seen[2].token_loss, wanted[2].token_loss)
+    assert seen[2].counted.equal(wanted[2].counted)
+    assert_is_key_masked(fused, model, inputs, active)
+
+
+def test_autocast_rounds_as_it_does_for_a_linear_layer() -> None:
+    model = decoder(layers=1)
+    fused, plain = (gate(model, "aot_eager", fused_loss=choice) for choice in (True, False))
+    inputs, active = batch(3), some_active(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = step(fused, **inputs, token_mask=active)
+        wanted = step(plain, **inputs, token_mask=active)
+    torch.testing.assert_close(seen[0].float(), wanted[0].float(), rtol=1e-2, atol=1e-3)
+    assert seen[1].keys() == wanted[1].keys()
+    for name, grad in wanted[1].items():
+        assert F.cosine_similarity(seen[1][name].flatten(), grad.flatten(), dim=0) > 0.999, name
+
+
+def test_logits_that_are_asked_for_are_there() -> None:
+    model = decoder(layers=1)
+    gated = gate(model, keep_logits=True, fused_loss=True)
+    out = gated(**batch(3), token_mask=some_active(3))
+    assert out.logits.shape[-1] == V
+    assert_is_key_masked(gated, model, batch(3), some_active(3))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import fx
@@ -20,12 +20,20 @@ UNKNOWN: Constants = frozenset()
 NOT_ZERO = math.nan
 # exp(-100) is lost beside any score that a model gives.
 NEGLIGIBLE = -100.0
+# So little is added to a sum to keep it from being zero.
+_COUNTS_LEAST = 1e-6
 
 _MOST = 8  # combinations of constants followed
 _PROBES = (0.7, -1.3, 3.1)  # in place of values that are not known
 _SAME = 1e-2  # relative spread under which a result is taken to be independent of the probes
+_EITHER: frozenset[float | None] = frozenset({0.0, 1.0})  # what a condition may be
 _SCALE = {"aten.mul", "aten.div"}  # by what is not known: not to zero
 _WHERE_IT_LIES = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
+
+
+def counting(constants: Iterable[float]) -> list[float]:
+    """Those of some constants that are no zero in a sum."""
+    return [value for value in constants if not abs(value) <= _COUNTS_LEAST]
 
 
 def is_elementwise(node: fx.Node) -> bool:
@@ -38,34 +46,52 @@ def is_elementwise(node: fx.Node) -> bool:
     return name == "aten._to_copy" or torch.Tag.pointwise in tags or RULES.get(name) is elementwise
 
 
-def of_elements(node: fx.Node, operands: Sequence[fx.Node], constants: Sequence[Constants]) -> Constants:
-    """The operator's own results for every choice of constants, where they do not depend on what is not known."""
+def of_elements(
+    node: fx.Node, operands: Sequence[fx.Node], constants: Sequence[Constants], scalable: bool
+) -> Constants:
+    """The operator's own results for every choice of constants, where they do not depend on what is not known.
+
+    scalable: what the constants are multiplied with, where it is not known, holds no zero that a mask wrote.
+    """
     if not any(constants) or math.prod(max(len(known), 1) for known in constants) > _MOST:
         return UNKNOWN
-    choices = itertools.product(*(tuple(known) or (None,) for known in constants))
-    results = {_result(node, operands, choice) for choice in choices}
+    either: list[frozenset[float | None]] = [
+        frozenset(known) or (_EITHER if fake(operand).dtype is torch.bool else frozenset({None}))
+        for operand, known in zip(operands, constants, strict=True)
+    ]
+    choices = itertools.product(*either)
+    results = {_result(node, operands, choice, scalable) for choice in choices}
     return frozenset(value for value in results if value is not None)
 
 
-def _result(node: fx.Node, operands: Sequence[fx.Node], choice: tuple[float | None, ...]) -> float | None:
+def _result(
+    node: fx.Node, operands: Sequence[fx.Node], choice: tuple[float | None, ...], scalable: bool
+) -> float | None:
     """What the operator makes of one choice; None where it depends on the operands without a constant."""
     numbers = [value for value in choice if value is not None and not math.isnan(value)]
     results = []
-    for probe in _PROBES if len(numbers) < len(choice) else _PROBES[:1]:
-        values = [probe if value is None or math.isnan(value) else value for value in choice]
+    for turn in range(len(_PROBES) if len(numbers) < len(choice) else 1):
+        probes = (_PROBES[(turn + place) % len(_PROBES)] for place in range(len(choice)))
+        values = [
+            probe if value is None or math.isnan(value) else value
+            for value, probe in zip(choice, probes, strict=True)
+        ]
         results.append(_run(node, dict(zip(operands, values, strict=True))))
     first = results[0]
     if first is None or math.isnan(first):
         return None
     if all(value is not None and _is_close(value, first) for value in results):
         return first
-    scales = operator_name(node) in _SCALE and all(0 < abs(value) < -NEGLIGIBLE for value in numbers)
-    of_not_zero = len(numbers) + choice.count(None) < len(choice)
-    return NOT_ZERO if scales or of_not_zero else None
+    if None not in choice:
+        return NOT_ZERO  # of another one
+    scales = scalable and operator_name(node) in _SCALE
+    return NOT_ZERO if scales and all(_COUNTS_LEAST < abs(value) < -NEGLIGIBLE for value in numbers) else None
 
 
 def _is_close(a: float, b: float) -> bool:
-    return a == b or abs(a - b) <= _SAME * max(abs(a), abs(b))
+    if a == b:
+        return True
+    return math.isfinite(a) and math.isfinite(b) and abs(a - b) <= _SAME * max(abs(a), abs(b))
 
 
 def _run(node: fx.Node, values: dict[fx.Node, float]) -> float | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from regate_fx.passes.axes import Axes, has_token, is_sequence
 from regate_fx.passes.base import fake, is_tensor, operator_name
@@ -22,6 +23,7 @@ from regate_fx.passes.hidden_elements import (
     NOT_ZERO,
     UNKNOWN,
     Constants,
+    counting,
     is_elementwise,
     of_elements,
 )
@@ -54,11 +56,12 @@ _NOT_NEGATIVE_OF_SUCH = {"aten.add", "aten.mul", "aten.div", "aten.where", "aten
 class HiddenKeys:
     """`constants[x]`: what x may hold along its last axis of positions where a mask hides that position.
 
-    not_negative: values that are nowhere below zero.
+    not_negative: values that are nowhere below zero. of_padding: values that depend on the padding mask.
     """
 
     constants: dict[fx.Node, Constants] = field(default_factory=dict)
     not_negative: set[fx.Node] = field(default_factory=set)
+    of_padding: set[fx.Node] = field(default_factory=set)
 
     def of(self, node: object) -> Constants:
         return self.constants.get(node, UNKNOWN) if isinstance(node, fx.Node) else UNKNOWN
@@ -66,34 +69,44 @@ class HiddenKeys:
     def why_counted(self, op: Operands) -> str | None:
         """Why an operator that reduces or sums over keys would count hidden ones, if it is known to."""
         name = operator_name(op.node)
-        if name in MATRIX_PRODUCTS or name == "aten.einsum":
+        if name == "aten.scaled_dot_product_attention":
+            counted = self._counted_by_mask(op)
+        elif name in MATRIX_PRODUCTS or name == "aten.einsum":
             counted = self._counted_in_product(op)
         elif name == "aten.sum":
-            counted = _not_zero(self.of(op["self"]))
+            counted = counting(self.of(op["self"]))
         elif name in MASKABLE:
-            counted = [value for value in self.of(op["self"]) if not value <= NEGLIGIBLE]
+            counted = [value for value in self.of(op["self"]) if value > NEGLIGIBLE]
             if name == "aten.amax" and op["self"] in self.not_negative:
-                counted = _not_zero(counted)
+                counted = counting(counted)
         else:
             return None
         return _reason(counted) if counted else None
 
     def _counted_in_product(self, op: Operands) -> list[float]:
+        """Constants along the keys that a product sums over, unless a zero in another factor leaves them out."""
         for factors in over_positions(op):
-            constants = [self.of(factor.source) for factor in factors]
-            counted = [value for known in constants for value in _not_zero(known)]
-            if counted and {0.0} not in constants:
+            constants = [
+                self.of(factor.source) if factor.dim - len(factor.axes) == _key_dim(factor.axes) else UNKNOWN
+                for factor in factors
+            ]
+            counted = [value for known in constants for value in counting(known)]
+            if counted and not any(known and not counting(known) for known in constants):
                 return counted
         return []
 
-
-def _not_zero(values: Iterable[float]) -> list[float]:
-    return [value for value in values if value != 0.0]
+    def _counted_by_mask(self, op: Operands) -> list[float]:
+        """What a mask of numbers adds to the scores of padding, if that hides nothing."""
+        mask = op["attn_mask"]
+        if mask not in self.of_padding or _dtype(mask) is torch.bool or not has_token(op.axes(mask).dims[-1]):
+            return []
+        constants = list(self.of(mask))
+        return constants if not any(value <= NEGLIGIBLE for value in constants) else []
 
 
 def _reason(counted: list[float]) -> str:
     value = counted[0]
-    shown = "more than nothing" if math.isnan(value) else f"{value:g}"
+    shown = "more than nothing" if math.isnan(value) else f"{value + 0.0:g}"
     return f"counts {shown} for every key that a mask hides, and would count nothing for one that is elided"
 
 
@@ -104,18 +117,15 @@ def hidden_keys(
 
     padding: nodes known to be the padding mask, by key.
     """
-    found = HiddenKeys()
-    of_padding = set(padding)
+    found = HiddenKeys(of_padding=set(padding))
     for node in nodes:
         if not is_tensor(node) and not isinstance(fake(node), (tuple, list)):
             continue
-        if any(source in of_padding for source in node.all_input_nodes):
-            of_padding.add(node)
+        if any(source in found.of_padding for source in node.all_input_nodes):
+            found.of_padding.add(node)
         if node in padding:
             found.constants[node] = frozenset({0.0})
-        elif node.op == "get_attr":
-            continue
-        elif constants := _constants(node, found, stack, analysis, node in of_padding):
+        elif constants := _constants(node, found, stack, analysis):
             found.constants[node] = constants
         if _is_not_negative(node, found):
             found.not_negative.add(node)
@@ -128,6 +138,9 @@ def _is_not_negative(node: fx.Node, found: HiddenKeys) -> bool:
         return True
     if name in _KEEP or name in ("aten.sum", "aten._to_copy", "aten.dropout"):
         return node.args[0] in found.not_negative
+    if name in ("aten.pow", "aten.clamp", "aten.clamp_min"):
+        number = node.args[1] if len(node.args) > 1 else None
+        return isinstance(number, (int, float)) and (number % 2 == 0 if name == "aten.pow" else number >= 0)
     if name not in _NOT_NEGATIVE_OF_SUCH or node.kwargs:
         return False
     places = _VALUES.get(name, range(len(node.args)))
@@ -155,9 +168,7 @@ def _axes_of(node: fx.Node, analysis: TokenAxes) -> Axes | None:
     return result[0] if isinstance(result, tuple) else result
 
 
-def _constants(
-    node: fx.Node, found: HiddenKeys, stack: DecoderStack, analysis: TokenAxes, of_padding: bool
-) -> Constants:
+def _constants(node: fx.Node, found: HiddenKeys, stack: DecoderStack, analysis: TokenAxes) -> Constants:
     axes = _axes_of(node, analysis)
     if axes is None or node in analysis.unproven or node.op != "call_function":
         return _given(node, axes)
@@ -167,7 +178,7 @@ def _constants(
     if node in stack.content or _key_dim(axes) is None or _dtype(node) is not torch.bool:
         return constants
     # A mask over keys that is not made of the padding hides some pairs, and it is not known which ones.
-    return constants if constants and of_padding else frozenset({0.0, 1.0})
+    return constants if constants and node in found.of_padding else frozenset({0.0, 1.0})
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
@@ -176,16 +187,28 @@ def _dtype(node: fx.Node) -> torch.dtype | None:
 
 
 def _given(node: fx.Node, axes: Axes | None) -> Constants:
-    """A mask over pairs or keys that the caller or a buffer gives."""
+    """A mask over pairs or keys that the caller or a buffer gives, or a number that the code holds as a tensor."""
+    if node.op == "get_attr" and (number := _number(node)) is not None:
+        return frozenset({number})
     is_mask = node.op in ("placeholder", "get_attr") and _dtype(node) is torch.bool
     return frozenset({0.0, 1.0}) if is_mask and _key_dim(axes) is not None else UNKNOWN
+
+
+def _number(node: fx.Node) -> float | None:
+    value = getattr(node.graph.owning_module, str(node.target), None)
+    constant = value.constant if isinstance(value, FakeTensor) else value
+    if not isinstance(constant, torch.Tensor) or constant.dim() or constant.is_complex():
+        return None
+    return float(constant)
 
 
 def _computed(node: fx.Node, axes: Axes, found: HiddenKeys, analysis: TokenAxes) -> Constants:
     name = operator_name(node)
     op = Operands(node, analysis.axes, analysis.symbols)
     if name in _KEEP:
-        return _kept(op, name, found)
+        return _kept(op, name, axes, found)
+    if name.endswith("dropout"):
+        return _of_dropout(found.of(op.node.args[0]))
     if name in _SOFTMAX:
         return _of_softmax(op, found)
     if name in ("aten.cat", "aten.concat", "aten.stack"):
@@ -201,7 +224,13 @@ def _computed(node: fx.Node, axes: Axes, found: HiddenKeys, analysis: TokenAxes)
     if not is_elementwise(node):
         return UNKNOWN
     operands = op.tensors()
-    return of_elements(node, operands, [_aligned(operand, axes, op, found) for operand in operands])
+    constants = [_aligned(operand, axes, op, found) for operand in operands]
+    # A pair that is multiplied with a constant may be hidden itself, or only later; a row is not.
+    scalable = all(
+        _key_dim(op.axes(operand)) is not None if known else op.axes(operand).sequences < 2
+        for operand, known in zip(operands, constants, strict=True)
+    )
+    return of_elements(node, operands, constants, scalable)
 
 
 def _aligned(operand: fx.Node, axes: Axes, op: Operands, found: HiddenKeys) -> Constants:
@@ -210,23 +239,33 @@ def _aligned(operand: fx.Node, axes: Axes, op: Operands, found: HiddenKeys) -> C
     return constants if key == _key_dim(axes) or (key is None and len(constants) == 1) else UNKNOWN
 
 
-def _kept(op: Operands, name: str, found: HiddenKeys) -> Constants:
+def _kept(op: Operands, name: str, axes: Axes, found: HiddenKeys) -> Constants:
     source = op.node.args[0]
     assert isinstance(source, fx.Node)
     constants = found.of(source)
     result = op._axes[source]
     before = result[0] if isinstance(result, tuple) else result
+    if before.sequences != axes.sequences and _key_dim(before) not in (None, _key_dim(axes)):
+        return UNKNOWN  # queries, repeated for every key
     if name in MOVES and before.sequences > 1:
         order = [dim for dim in order_after(op, before) if any(map(is_sequence, before.dims[dim]))]
         return constants if order == sorted(order) else UNKNOWN
     return constants
 
 
+def _of_dropout(constants: Constants) -> Constants:
+    """Zero stays; what is no zero is one at some pairs, and scaled at the others."""
+    if not constants or any(value <= NEGLIGIBLE for value in constants):
+        return UNKNOWN
+    return frozenset({NOT_ZERO if counting(constants) else 0.0})
+
+
 def _of_softmax(op: Operands, found: HiddenKeys) -> Constants:
     axes, constants = op.axes("self"), found.of(op["self"])
-    over_keys = has_token(axes.dims[op.dim(op["dim"], axes)])
+    if not has_token(axes.dims[op.dim(op["dim"], axes)]):
+        return frozenset({NOT_ZERO}) if len(constants) == 1 else UNKNOWN  # the same share for each
     hides = bool(constants) and all(value <= NEGLIGIBLE for value in constants)
-    return frozenset({0.0}) if over_keys and hides else UNKNOWN
+    return frozenset({0.0}) if hides else UNKNOWN
 
 
 def _of_product(op: Operands, name: str, axes: Axes, found: HiddenKeys) -> Constants:
@@ -244,7 +283,10 @@ def _of_product(op: Operands, name: str, axes: Axes, found: HiddenKeys) -> Const
 
 
 def _of_sum(op: Operands, axes: Axes, found: HiddenKeys) -> Constants:
-    """A sum over features of pairs: zero where all of them are."""
+    """A sum over features of pairs: zero where all of them are; a mean of one constant is that."""
     before = op.axes("self")
-    over_features = not any(has_token(before.dims[dim]) for dim in reduced_dims(op, before))
-    return found.of(op["self"]) & {0.0} if over_features and axes.sequences > 1 else UNKNOWN
+    constants = found.of(op["self"])
+    if axes.sequences < 2 or any(has_token(before.dims[dim]) for dim in reduced_dims(op, before)):
+        return UNKNOWN
+    is_one_mean = operator_name(op.node) == "aten.mean" and len(constants) == 1
+    return constants if is_one_mean else constants & {0.0}

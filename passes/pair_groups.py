@@ -80,7 +80,7 @@ def _summed_together(op: Operands) -> list[list[Factor]]:
 def _why_hidden_counts(node: fx.Node, analysis: TokenAxes, hidden: HiddenKeys) -> str | None:
     """Why a sum over keys is another one where elided keys are left out than where a mask hides them."""
     op = Operands(node, analysis.axes, analysis.symbols)
-    return hidden.why_counted(op) if _summed_together(op) else None
+    return hidden.why_counted(op) if _summed_together(op) or operator_name(node) == _ATTENTION else None
 
 
 def _last_sequence(axes: Axes) -> int:

@@ -5,6 +5,7 @@ Each entry adds `extra(block, x, mask)` to the residual stream of every layer; x
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -415,7 +416,38 @@ def bias_behind_softmax(b: Block, x: Tensor, m: Any) -> Tensor:
     return F.linear(weights, b.weight[:1, :1], b.scale[:1])[..., 0] @ x
 
 
+def zeros_before_mixed_hops(b: Block, x: Tensor, m: Any) -> Tensor:
+    """What the second hop hides are its own keys, not those of the first."""
+    first = torch.where(seen(b, x, m), x @ x.mT, 0.0).sigmoid()
+    return first @ hide(x @ x.mT, m).softmax(-1) @ x
+
+
+def zero_as_a_tensor(b: Block, x: Tensor, m: Any) -> Tensor:
+    return torch.where(seen(b, x, m), x @ x.mT, torch.tensor(0.0)).softmax(-1) @ x
+
+
+def zeros_under_infinity(b: Block, x: Tensor, m: Any) -> Tensor:
+    """What else hides some pairs by their content does not hide those that the mask does."""
+    scores = torch.where(seen(b, x, m), x @ x.mT, 0.0)
+    return scores.masked_fill(x[:, :, None, 0] > x[:, None, :, 0] + 1, -math.inf).softmax(-1) @ x
+
+
+def dropped_sigmoid(b: Block, x: Tensor, m: Any) -> Tensor:
+    return F.dropout(torch.where(seen(b, x, m), x @ x.mT, 0.0).sigmoid(), 0.1, True) @ x
+
+
+def mean_of_heads(b: Block, x: Tensor, m: Any) -> Tensor:
+    q = heads(x)
+    visible = m if m is not None else seen(b, x, m)
+    return torch.where(visible, q @ q.mT, 0.0).sigmoid().mean(1) @ x
+
+
 COUNTED: dict[Extra, str] = {
+    zeros_before_mixed_hops: "aten.matmul counts 0.5",
+    zero_as_a_tensor: "aten.softmax counts 0",
+    zeros_under_infinity: "aten.softmax counts 0",
+    dropped_sigmoid: "aten.matmul counts more than nothing",
+    mean_of_heads: "aten.matmul counts 0.5",
     zeros_before_logsumexp: "aten.logsumexp counts 0",
     zeros_before_amax: "aten.amax counts 0",
     zeros_before_sigmoid: "aten.matmul counts 0.5",
@@ -460,6 +492,33 @@ def zeros_then_lowest(b: Block, x: Tensor, m: Any) -> Tensor:
     return hide(near, m).softmax(-1) @ x
 
 
+def scaled_by_a_tensor(b: Block, x: Tensor, m: Any) -> Tensor:
+    """As older models have it: the scale and the lowest number are tensors."""
+    scores = x @ x.mT / torch.full([], 2.0)
+    return torch.where(seen(b, x, m), scores, torch.tensor(-1e9)).softmax(-1) @ x
+
+
+def two_additive_masks(b: Block, x: Tensor, m: Any) -> Tensor:
+    S = x.shape[1]
+    order = torch.triu(torch.full((S, S), -1e9), 1)
+    keys = (1 - seen(b, x, m).to(x.dtype)) * torch.tensor(-1e4)
+    return (x @ x.mT / torch.full([], 2.0) + order + keys).softmax(-1) @ x
+
+
+def mask_of_heads(b: Block, x: Tensor, m: Any) -> Tensor:
+    return (hide(x @ x.mT, m).softmax(-1) * torch.ones(1, 1, 1)) @ x
+
+
+def a_little_more(b: Block, x: Tensor, m: Any) -> Tensor:
+    weights = hide(x @ x.mT, m).softmax(-1) + 1e-9
+    return weights / weights.sum(-1, keepdim=True) @ x
+
+
+def largest_square(b: Block, x: Tensor, m: Any) -> Tensor:
+    weights = hide(x @ x.mT, m).relu().pow(2)
+    return weights.amax(-1, keepdim=True) * x
+
+
 def masked_values(b: Block, x: Tensor, m: Any) -> Tensor:
     """Weights without softmax that a product with the mask hides."""
     weights = (x @ x.mT).relu().square() * seen(b, x, m)
@@ -467,7 +526,8 @@ def masked_values(b: Block, x: Tensor, m: Any) -> Tensor:
 
 
 UNCOUNTED: tuple[Extra, ...] = (
-    lowest_of_products, largest_weight, entropy, zeros_then_lowest, masked_values,
+    lowest_of_products, largest_weight, entropy, zeros_then_lowest, masked_values, scaled_by_a_tensor,
+    two_additive_masks, mask_of_heads, a_little_more, largest_square,
 )  # fmt: skip
 
 

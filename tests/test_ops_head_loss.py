@@ -109,3 +109,15 @@ def test_logits_are_made_for_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch
 def test_the_operator_is_registered_as_it_behaves(has_bias: bool) -> None:
     inputs, target, _ = operands(9, 8, 13, torch.float32, has_bias)
     torch.library.opcheck(head_loss, (*(*inputs, None)[:3], target, IGNORED))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_cuda_equals_cpu(dtype: torch.dtype, tolerance: float) -> None:
+    inputs, target, per_row = operands(900, 64, 301, dtype, has_bias=True)
+    on_cuda = [value.detach().cuda().requires_grad_() for value in inputs]
+    wanted = loss_and_gradients(head_loss(*inputs, target, IGNORED)[0], per_row, inputs)
+    losses = head_loss(*on_cuda, target.cuda(), IGNORED)[0]
+    seen = loss_and_gradients(losses, per_row.cuda(), on_cuda)
+    for a, b in zip((seen[0], *seen[1]), (wanted[0], *wanted[1]), strict=True):
+        assert float((a.cpu() - b).norm()) <= tolerance * float(b.norm())

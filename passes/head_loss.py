@@ -23,7 +23,7 @@ aten = torch.ops.aten
 WORTHWHILE = 2**30
 
 _NO_REDUCTION = 0
-# What may lie between the head and its losses: it moves no value, and rounds none.
+# What may lie between the head and its losses, beside what `_changes_by_number`: it moves no value, and rounds none.
 _BETWEEN = {
     "aten.view", "aten.reshape", "aten._unsafe_view", "aten.clone", "aten.contiguous", "aten.alias", "aten._to_copy",
     "aten.slice",
@@ -35,7 +35,8 @@ class FuseHeadLoss:
     """`cross_entropy(linear(rows, weight, bias), target)`, a loss per row, becomes `regate_fx.head_loss`.
 
     rows: [..., D], weight: [V, D], target: int64 [N]. Done where nothing else reads the logits, and where all of them
-    would take `least_bytes` at the sizes of the capture; a head whose logits are scaled or capped is left alone.
+    would take `least_bytes` at the sizes of the capture. Between the two, logits may be multiplied with numbers, and
+    capped as by `cap * tanh(logits / cap)`; a head whose logits are changed otherwise is left alone.
     """
 
     least_bytes: int = WORTHWHILE
@@ -64,11 +65,47 @@ def _chain(loss: fx.Node) -> list[fx.Node]:
     while isinstance(node, fx.Node) and set(node.users) - set(_sizes_of(node)) == {chain[-1]}:
         chain.append(node)
         if node.target is aten.linear.default:
-            return chain[1:] if _is_fusible(node, loss) and _have_sizes_of_rows(chain[1:]) else []
-        if operator_name(node) not in _BETWEEN or not _keeps(node, vocabulary):
+            fuses = _is_fusible(node, loss) and _have_sizes_of_rows(chain[1:]) and _scale_and_cap(chain[1:])
+            return chain[1:] if fuses else []
+        name = operator_name(node)
+        if not _changes_by_number(node) and (name not in _BETWEEN or not _keeps(node, vocabulary)):
             return []
         node = node.args[0]
     return []
+
+
+def _changes_by_number(node: fx.Node) -> bool:
+    """Whether a node multiplies or divides all logits with a number, or takes their tanh."""
+    name = operator_name(node)
+    if name == "aten.tanh":
+        return True
+    return (
+        name in ("aten.mul", "aten.div")
+        and len(node.args) == 2
+        and not node.kwargs
+        and _is_number(node.args[1])
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value != 0
+
+
+def _scale_and_cap(chain: list[fx.Node]) -> tuple[float, float] | None:
+    """The logits of a chain as `scale * x`, or as `cap * tanh(scale * x)`; None where they are neither. No cap is 0."""
+    scale, cap = 1.0, 0.0
+    for node in reversed(chain):
+        name = operator_name(node)
+        if name == "aten.tanh" and cap:
+            return None
+        if name == "aten.tanh":
+            cap = 1.0
+        elif name in ("aten.mul", "aten.div"):
+            number = node.args[1]
+            assert isinstance(number, (int, float))
+            factor = number if name == "aten.mul" else 1 / number
+            scale, cap = (scale, cap * factor) if cap else (scale * factor, 0.0)
+    return scale, cap
 
 
 def _sizes_of(node: fx.Node) -> list[fx.Node]:
@@ -131,13 +168,15 @@ def _fuse(gm: fx.GraphModule, loss: fx.Node, chain: list[fx.Node]) -> None:
     rows, weight, bias = (*head.args, None)[:3]
     dtype, wanted = _head_dtype(head), fake(loss).dtype
     ignore_index = loss.args[4] if len(loss.args) > 4 else -100
+    shape = _scale_and_cap(chain)
+    assert shape is not None
     emit = Emitter(gm.graph, fake_mode_of(gm))
     before = loss.prev
     with emit.like(head), gm.graph.inserting_before(loss):
         rows, weight, bias = (_cast(emit, operand, dtype) for operand in (rows, weight, bias))
         rows = emit.call(aten.reshape.default, rows, [-1, fake(weight).shape[-1]])
         both = emit.call(
-            torch.ops.regate_fx.head_loss.default, rows, weight, bias, loss.args[1], ignore_index
+            torch.ops.regate_fx.head_loss.default, rows, weight, bias, loss.args[1], ignore_index, *shape
         )
         losses = _cast(emit, emit.call(operator.getitem, both, 0), wanted)
     while before.next is not loss:

@@ -45,8 +45,8 @@ def compile(
                  label, in place of raising `NotGateable`. Its output has no `token_loss`, so that no gate can use it.
     fused_loss:  True: compute losses by chunks of rows, so that the logits of all active rows never exist, at the price
                  of computing logits twice; False: by the logits of all rows; None: True where those of the first batch
-                 would take more than 1 GiB in float32. Heads whose logits are scaled or capped, or that are read by
-                 anything but the loss, keep theirs.
+                 would take more than 1 GiB in float32. Heads whose logits are changed by more than a factor and a
+                 soft-cap, or are read by anything but the loss, keep theirs.
 
     `gated(input_ids=..., labels=..., token_mask=mask)`, mask bool [B, S], returns an output with `loss` (mean over
     counted labels), `token_loss` float32 [B, S] and `counted` bool [B, S]. Without `token_mask` the untouched

@@ -56,6 +56,16 @@ def test_it_is_the_cross_entropy_of_the_logits(N: int, D: int, V: int, has_bias:
     torch.testing.assert_close(seen, wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("scale", "cap"), [(0.25, 0.0), (1.0, 3.0), (0.5, 2.0), (-1.5, -2.0)])
+def test_logits_are_scaled_and_capped(scale: float, cap: float) -> None:
+    inputs, target, per_row = operands(300, 8, 13, torch.float64, has_bias=True)
+    logits = F.linear(*inputs) * scale
+    changed = cap * logits.tanh() if cap else logits
+    wanted = loss_and_gradients(F.cross_entropy(changed, target, reduction="none"), per_row, inputs)
+    seen = loss_and_gradients(head_loss(*inputs, target, IGNORED, scale, cap)[0], per_row, inputs)
+    torch.testing.assert_close(seen, wanted, rtol=1e-10, atol=1e-10)
+
+
 def test_half_precision_is_rounded_where_the_logits_are() -> None:
     """Losses as exact as float32; the weight's gradient is summed in float32, and so closer than by one product."""
     inputs, target, per_row = operands(900, 48, 61, torch.bfloat16, has_bias=True)

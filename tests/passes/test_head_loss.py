@@ -28,7 +28,23 @@ def capped(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def scaled(logits: Tensor, labels: Tensor) -> Tensor:
-    return shifted_labels(logits * 0.5, labels)
+    return shifted_labels(logits * 3 / 2, labels)
+
+
+def scaled_and_capped(logits: Tensor, labels: Tensor) -> Tensor:
+    return in_float32(torch.tanh(logits * 3 / 2) * 2 / 0.7, labels)
+
+
+def capped_twice(logits: Tensor, labels: Tensor) -> Tensor:
+    return shifted_labels(logits.tanh().tanh(), labels)
+
+
+def scaled_by_class(logits: Tensor, labels: Tensor) -> Tensor:
+    return shifted_labels(logits * torch.linspace(1, 2, V), labels)
+
+
+def clamped(logits: Tensor, labels: Tensor) -> Tensor:
+    return shifted_labels(logits.clamp(-1, 1), labels)
 
 
 class Loss(nn.Module):
@@ -40,7 +56,10 @@ class Loss(nn.Module):
         return self.model(**inputs).loss
 
 
-@pytest.mark.parametrize("code", [shifted_labels, shifted_logits, unshifted, in_float32])
+CODES = [shifted_labels, shifted_logits, unshifted, in_float32, capped, scaled, scaled_and_capped]
+
+
+@pytest.mark.parametrize("code", CODES)
 def test_no_logits_are_left(code: LossCode) -> None:
     graph = run_on(Loss(code), batch(3), FUSED, some_active(3)).graph_module
     found = operators(graph)
@@ -50,8 +69,16 @@ def test_no_logits_are_left(code: LossCode) -> None:
     assert not any(isinstance(value, Tensor) and value.shape[-1:] == (V,) for value in computed)
 
 
-@pytest.mark.parametrize("code", [capped, scaled])
-def test_logits_that_are_changed_stay(code: LossCode) -> None:
+@pytest.mark.parametrize("code", CODES)
+def test_a_loss_of_changed_logits_is_the_same(code: LossCode) -> None:
+    model = decoder(layers=1, loss=code)
+    fused, plain = (gate(model, fused_loss=choice) for choice in (True, False))
+    inputs, active = batch(3), some_active(3)
+    assert_same_step(step(fused, **inputs, token_mask=active), step(plain, **inputs, token_mask=active))
+
+
+@pytest.mark.parametrize("code", [capped_twice, scaled_by_class, clamped])
+def test_logits_that_are_changed_otherwise_stay(code: LossCode) -> None:
     found = operators(run_on(Loss(code), batch(3), FUSED, some_active(3)).graph_module)
     assert not found["regate_fx.head_loss"]
     assert found["aten.cross_entropy_loss"] == 1

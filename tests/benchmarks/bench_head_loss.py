@@ -27,7 +27,7 @@ from torch import Tensor
 from regate_fx.ops.head_loss import head_loss
 
 RESULTS = Path(__file__).parent / "results"
-SHAPES = {"cpu": (2_048, 512, (8_192, 65_536)), "cuda": (16_384, 4_096, (32_000, 128_256))}
+SHAPES = {"cpu": (1_024, 256, (8_192, 32_768)), "cuda": (16_384, 4_096, (32_000, 128_256))}
 IGNORED = -100
 
 Losses = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -127,7 +127,7 @@ def measure(N: int, D: int, V: int, device: str, dtype: torch.dtype, repetitions
 def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", choices=tuple(SHAPES), default="cpu")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32

@@ -29,9 +29,8 @@ class CallKeys:
 
     def __init__(self) -> None:
         self._numbers: dict[Hashable, int] = {}
-        self._seen: dict[
-            int, tuple[torch.Tensor, int]
-        ] = {}  # by identity; held, so that no other takes it over
+        # By identity; values are held, so that no other takes theirs over.
+        self._seen: dict[int, tuple[torch.Tensor, int]] = {}
 
     def of(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
         """Equal for calls whose results differ in nothing that a fake value shows; None where that is not known."""

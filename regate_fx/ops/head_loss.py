@@ -48,9 +48,7 @@ def head_loss(
     counts = target != ignore_index
     labels = target.masked_fill(~counts, 0)
     for part in _parts(rows, weight):
-        logits = _logits(rows[part], weight, bias).to(wide)
-        if scale != 1:
-            logits = logits * scale
+        logits = _scaled(_logits(rows[part], weight, bias), scale, wide)
         if cap:
             logits = logits.tanh_().mul_(cap)
         torch.logsumexp(logits, 1, out=lse[part])
@@ -90,9 +88,7 @@ def head_loss_backward(
     grad_weight = torch.zeros_like(weight, dtype=wide) if of_weight else weight.new_empty(0)
     grad_bias = weight.new_zeros(weight.shape[0], dtype=wide) if of_bias else weight.new_empty(0)
     for part in _parts(rows, weight):
-        logits = _logits(rows[part], weight, bias).to(wide)
-        if scale != 1:
-            logits = logits * scale
+        logits = _scaled(_logits(rows[part], weight, bias), scale, wide)
         slope = None
         if cap:
             capped = logits.tanh_()
@@ -123,6 +119,11 @@ def _parts(rows: Tensor, weight: Tensor) -> Iterator[slice]:
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with torch.autocast(rows.device.type, enabled=False):  # the operands have the dtype that was asked for
         return F.linear(rows, weight, bias)
+
+
+def _scaled(logits: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    logits = logits.to(dtype)
+    return logits if scale == 1 else logits * scale
 
 
 @head_loss.register_fake

@@ -145,7 +145,8 @@ class Rewriter:
             raise Refused(
                 "layout", f"{node.name} is computed on active rows but needed at every position", node
             )
-        return self.layouts.scatter(self.value(node, Layout.PACKED), axes, self.value(base, Layout.DENSE))
+        shown = self.layouts.rearrange(self.value(base, Layout.DENSE), self.analysis.of(base), axes)
+        return self.layouts.scatter(self.value(node, Layout.PACKED), axes, shown)
 
     def symint(self, node: fx.Node, layout: Layout) -> Any:
         """A captured size, with B and S replaced by what they are in a layout."""

@@ -179,6 +179,21 @@ class Layouts:
         constant = self._emit.call(aten.detach.default, base)
         return self._emit.call(aten.where.self, shown, scattered, constant)
 
+    def rearrange(self, value: fx.Node, held: Axes, axes: Axes) -> fx.Node:
+        """A dense value of dims `held` with those of `axes`: states may come as [B, S, D] and run as [B*S, D]."""
+        if held.dims == axes.dims:
+            return value
+        exploded, factors = self._explode(value, held, Layout.DENSE)
+        features = iter([factor for factor in factors if isinstance(factor, tuple)])
+        wanted: list[Factor | None] = []
+        for dim in axes.dims:
+            wanted.extend(dim if has_token(dim) else [next(features, None)])
+        alike = [[dim for dim in each.dims if not has_token(dim)] for each in (held, axes)]
+        if alike[0] != alike[1] or len(set(wanted)) < len(wanted) or set(wanted) != set(factors):
+            raise Refused("layout", "what layers skip is not of the form of the states that they hand on")
+        order = [factors.index(factor) for factor in wanted]
+        return self._regroup(self._emit.call(aten.permute.default, exploded, order), axes, Layout.DENSE)
+
     def spread(self, value: fx.Node, axes: Axes) -> fx.Node:
         """Packed to compact. Empty slots repeat an active row of their sample: what is computed there stays finite.
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from captured import run_until
-from gating import assert_all_active_is_eager, gate
-from small_decoder import Block, Decoder, batch, some_active
+from gating import assert_all_active_is_eager, gate, step
+from small_decoder import Block, D, Decoder, batch, some_active
 from torch import Tensor, nn
 
 from regate_fx.passes.base import is_tensor, operator_name
@@ -17,6 +18,8 @@ from regate_fx.passes.layers import DecoderStack
 from regate_fx.passes.layouts import Layout
 from regate_fx.passes.pipeline import PipelineRun
 from regate_fx.passes.placement import Placement
+
+Arrange = Callable[..., Tensor]
 
 
 class Mixes(Block):
@@ -203,3 +206,42 @@ def test_a_dense_layer_sees_the_states_that_elided_positions_had_before_the_gate
     for name, parameter in model.named_parameters():
         if name in gradients:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
+
+
+ARRANGED: dict[str, tuple[Arrange, Arrange]] = {
+    "flat": (lambda x: x.reshape(-1, D), lambda x, B: x.view(B, -1, D)),
+    "sequence first": (lambda x: x.transpose(0, 1), lambda x, B: x.transpose(0, 1)),
+}
+
+
+class Arranged(nn.Module):
+    """A block that hands on its states in another form, or takes them in it."""
+
+    def __init__(self, block: Block, before: Arrange | None = None, after: Arrange | None = None) -> None:
+        super().__init__()
+        self.block, self.before, self.after = block, before, after
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.block(x if self.before is None else self.before(x, mask.shape[0]), mask)
+        return x if self.after is None else self.after(x)
+
+
+@pytest.mark.parametrize("form", ARRANGED)
+def test_states_may_leave_the_gated_layers_in_another_form_than_they_came_in(form: str) -> None:
+    """Elided positions show what came in, brought into that form."""
+    torch.manual_seed(1)
+    blocks = [Block(), Mixes()]
+    there, back = ARRANGED[form]
+    plain = Decoder(blocks)
+    arranged = Decoder([Arranged(blocks[0], after=there), Arranged(blocks[1], before=back)])
+    for name in ("embedding", "positions", "final_norm", "head"):
+        setattr(arranged, name, getattr(plain, name))
+    inputs, active = batch(3, padded=True), some_active(3)
+    gated = gate(arranged)
+    seen, wanted = (step(model, **inputs, token_mask=active) for model in (gated, gate(plain)))
+    torch.testing.assert_close(seen[0], wanted[0])
+    assert [layer.kind for layer in gated.report.layers] == ["varlen", "dense"]
+    renamed = {name.replace("block.", ""): grad for name, grad in seen[1].items()}
+    assert renamed.keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        torch.testing.assert_close(renamed[name], gradient, rtol=1e-4, atol=1e-6)

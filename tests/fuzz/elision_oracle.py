@@ -122,8 +122,10 @@ def run_oracle(model: Decoder, batch: Batch, gated: frozenset[int], hides: bool 
 
 
 def counted_labels(program: Program, batch: Batch) -> Tensor:
-    """bool [B, S]: the labels whose predictor is active."""
+    """bool [B, S]: the labels whose predictor is active, without those that the program itself leaves out."""
     predictor = F.pad(batch.active[:, :-1], (1, 0)) if program.shifted else batch.active
+    if program.loss == "padding_ignored":
+        predictor = predictor & batch.real
     return predictor & (batch.labels != IGNORED)
 
 

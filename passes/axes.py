@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.utils._sympy.functions import FloorDiv, Max
 
 from regate_fx.passes.base import Refused
@@ -46,8 +46,28 @@ class Sorted:
     key: str
 
 
-Factor: TypeAlias = Token | Cut | Sorted | int | sympy.Expr
+@dataclass(frozen=True)
+class Picked:
+    """Those rows of the row axis `of`, in their order, that the condition named by `key` holds for: `size` of them."""
+
+    of: tuple[Any, ...]
+    key: str
+    size: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Group:
+    """The `index`-th of `groups` groups that the sorted row axis `of` falls into, with `size` rows."""
+
+    of: tuple[Any, ...]
+    index: int
+    groups: int
+    size: sympy.Expr
+
+
+Factor: TypeAlias = Token | Cut | Sorted | Picked | Group | int | sympy.Expr
 Dim: TypeAlias = tuple[Factor, ...]
+REORDERED = (Sorted, Picked, Group)  # row axes made of others
 
 
 class Meaning(enum.Enum):
@@ -58,8 +78,17 @@ class Meaning(enum.Enum):
     PERMUTATION = "for each row of the sorted axis, the row of the original axis it came from"
     ROW_OF_SORTED = "for each row of the sorted axis, a row of the token axis"
     INVERSE = "for each row of the original axis, its place on the sorted axis"
+    PLACES = "for each picked row, its place along an axis of what it was picked from"
+    UNFOLLOWED = "row numbers in a form that says no longer which rows"
+    ONE_HOT = "for each row, one at its expert's id and zero elsewhere"
     COUNTS = "rows per expert"
     OFFSETS = "end of each expert's rows on the sorted axis"
+
+
+# Values that number rows: in a layout of other rows they are other numbers.
+NUMBERING = {
+    Meaning.PERMUTATION, Meaning.ROW_OF_SORTED, Meaning.INVERSE, Meaning.PLACES, Meaning.UNFOLLOWED,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,13 +96,15 @@ class Axes:
     """The axes of one tensor.
 
     `meaning`, with `key` for the dispatch it belongs to, is set where values are row numbers or counts of rows.
-    `aggregate`: the value sums over token rows, so it must never flow back into single rows.
+    `aggregate`: the value sums over token rows, so it must never flow back into single rows. `along`: of places, the
+    axis that each column numbers.
     """
 
     dims: tuple[Dim, ...]
     meaning: Meaning | None = None
     key: str = ""
     aggregate: bool = False
+    along: tuple[Dim, ...] = ()
 
     def __iter__(self) -> Iterator[Dim]:
         return iter(self.dims)
@@ -92,23 +123,40 @@ class Axes:
 
     @functools.cached_property
     def has_batch(self) -> bool:
-        return Token.B in self.factors or any(isinstance(f, Sorted) and Token.B in f.of for f in self.factors)
+        return Token.B in token_factors(self.factors)
 
     @functools.cached_property
     def has_tokens(self) -> bool:
         return any(has_token(dim) for dim in self.dims)
 
     def with_dims(self, dims: Sequence[Dim]) -> Axes:
-        return replace(self, dims=tuple(canonical(dim) for dim in dims), meaning=None, key="")
+        """The same values over other dims. Row numbers keep their meaning where only dims of one came or went."""
+        new = tuple(canonical(dim) for dim in dims)
+        if self.meaning not in NUMBERING:
+            return replace(self, dims=new, meaning=None, key="", along=())
+        if [dim for dim in new if dim] == [dim for dim in self.dims if dim]:
+            return replace(self, dims=new)
+        return replace(self, dims=new, meaning=Meaning.UNFOLLOWED, key="", along=())
 
 
 NO_AXES = Axes(())
 
 
 def is_sequence(factor: Factor) -> bool:
-    if isinstance(factor, Sorted):
+    if isinstance(factor, REORDERED):
         return any(is_sequence(inner) for inner in factor.of)
     return factor is Token.S or isinstance(factor, Cut)
+
+
+def token_factors(dim: Sequence[Factor]) -> list[Factor]:
+    """The token axes that a dimension is made of, in their order."""
+    found: list[Factor] = []
+    for factor in dim:
+        if isinstance(factor, REORDERED):
+            found.extend(token_factors(factor.of))
+        elif has_token((factor,)):
+            found.append(factor)
+    return found
 
 
 def has_token(dim: Dim) -> bool:
@@ -132,12 +180,14 @@ def canonical(dim: Dim) -> Dim:
 class TokenSymbols:
     """The sizes B and S as the capture knows them: symbols, or 1 where Dynamo specialised a size of one.
 
+    `counts`: symbols for numbers of token rows that the capture reads from data.
     Where the capture learns that two symbols are equal it calls both by one name: names are asked for anew each time.
     What was computed of them is kept, as layers that are alike ask the same.
     """
 
     batch_size: int | torch.SymInt
     sequence_length: int | torch.SymInt
+    counts: set[sympy.Symbol] = field(default_factory=set, compare=False)
     _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -175,7 +225,38 @@ class TokenSymbols:
                 return self.length - head - tail
             case Sorted(of, _):
                 return self.size(of)
+            case Picked(size=size) | Group(size=size):
+                return size
         return sympy.sympify(factor)
+
+    def is_size(self, dim: Dim, size: Any) -> bool:
+        """Whether a dimension has a size. One read from data may be known to be it by what the capture asserts."""
+        expr, wanted = self.size(dim), size_expr(size)
+        if expr == wanted or sympy.expand(expr - wanted) == 0:
+            return True
+        if not free_unbacked_symbols(size) or (known := self._measured(dim)) is None:
+            return False
+        return statically_known_true(size == known)
+
+    def _measured(self, dim: Dim) -> Any:
+        """The size of a dimension as a number of the capture; None where it is none of the token axes' sizes."""
+        measured: Any = 1
+        for factor in dim:
+            match factor:
+                case Token.B:
+                    size: Any = self.batch_size
+                case Token.S:
+                    size = self.sequence_length
+                case Sorted(of, _):
+                    size = self._measured(of)
+                case int():
+                    size = factor
+                case _:
+                    size = None
+            if size is None:
+                return None
+            measured = measured * size
+        return measured
 
     def mentions(self, expr: sympy.Expr) -> bool:
         return bool(expr.free_symbols & (self.batch.free_symbols | self.length.free_symbols))
@@ -231,6 +312,12 @@ def _divided(total: sympy.Expr, part: sympy.Expr) -> sympy.Expr:
     quotient = sympy.cancel(total / part)
     leaves_none = quotient.is_polynomial() and quotient.as_numer_denom()[1] == 1
     return quotient if leaves_none else FloorDiv(total, part)
+
+
+def note_counts(symbols: TokenSymbols, size: Any) -> sympy.Expr:
+    """A size that is a number of token rows, as an expression whose symbols are from now on known to be such."""
+    symbols.counts.update(free_unbacked_symbols(size))
+    return size_expr(size)
 
 
 def reshape(dims: Sequence[Dim], shape: Sequence[Any], symbols: TokenSymbols) -> tuple[Dim, ...]:

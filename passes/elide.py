@@ -210,7 +210,7 @@ class Rewriter:
 
     def _emit_node(self, node: fx.Node) -> None:
         values = self._values.setdefault(node, _Values())
-        layout = self.placement.layout(node)
+        layout = self._layout(node)
         kind = self.analysis.kinds.get(node)
         if node.op in ("placeholder", "get_attr"):
             values.layouts[Layout.DENSE] = self._copy_input(node)
@@ -230,6 +230,20 @@ class Rewriter:
             values.layouts[layout] = self._reinstantiate(node, layout)
         if node in self.segments and layout in values.layouts:
             values.layouts[layout].meta["segment"] = self.segments[node]
+
+    def _layout(self, node: fx.Node) -> Layout:
+        """An assertion of numbers is about those of the layout that they are read in."""
+        if node.target is aten._assert_scalar.default and self._reads_packed(node):
+            return Layout.PACKED
+        return self.placement.layout(node)
+
+    def _reads_packed(self, node: fx.Node) -> bool:
+        return any(
+            self.placement.layout(source) is Layout.PACKED
+            if is_tensors(fake(source))
+            else self._reads_packed(source)
+            for source in node.all_input_nodes
+        )
 
     def _copy_input(self, node: fx.Node) -> fx.Node:
         copy = self.emit.graph.node_copy(node)
@@ -273,9 +287,10 @@ class Rewriter:
                 return self.value(argument, layout, consumer)
             is_value = layout is not Layout.DENSE and not is_size
             if is_value and is_token_number(fake(argument), self.symbols):
-                raise Refused(
-                    "size-as-value", f"{operator_name(node)} computes with the batch or sequence size", node
-                )
+                counted = "the batch or sequence size"
+                if not self.symbols.mentions(scalar_expr(fake(argument))):
+                    counted = "how many tokens were picked"
+                raise Refused("size-as-value", f"{operator_name(node)} computes with {counted}", node)
             return self.symint(argument, layout)
 
         args = tuple(

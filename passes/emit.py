@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, disable_fake_tensor_ca
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 
 from regate_fx.passes.base import fake
-from regate_fx.passes.fake_results import READS_VALUES, CallKeys
+from regate_fx.passes.fake_results import CallKeys, reads_values
 
 # What a rewritten node inherits from the node it stands for.
 _INHERITED = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "autocast", "seq_nr")
@@ -45,7 +45,7 @@ class Emitter:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)
         self._inherit(node)
-        if READS_VALUES.intersection(getattr(target, "tags", ())):
+        if reads_values(target):
             self._own_values(node.all_input_nodes)
         values, named = fx.map_arg((args, kwargs), fake)
         autocast = node.meta.get("autocast", ())

@@ -9,7 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
-READS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_READS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# Made of others that do, and without a tag.
+_UNTAGGED = {torch.ops.aten.where.default, torch.ops.aten.nonzero_numpy.default}
 _PLAIN = (
     int,
     float,
@@ -22,6 +24,11 @@ _PLAIN = (
     torch.layout,
     torch.memory_format,
 )
+
+
+def reads_values(target: Any) -> bool:
+    """Whether an operator's result has numbers, or sizes, that its operands' values decide."""
+    return target in _UNTAGGED or not _READS_VALUES.isdisjoint(getattr(target, "tags", ()))
 
 
 class CallKeys:

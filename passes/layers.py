@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from regate_fx.passes.axes import Axes, has_token
+from regate_fx.passes.axes import Axes, Group, has_token
 from regate_fx.passes.base import (
     SCALARS_OF_TENSORS,
     PassContext,
@@ -82,7 +82,7 @@ class FindLayers:
         analysis: TokenAxes = ctx.findings["token_axes"]
         order = {node: index for index, node in enumerate(gm.graph.nodes)}
         content = _content(gm, analysis)
-        _refuse_numbers(content)
+        _refuse_numbers(content, analysis)
         attentions = _attentions(gm, analysis, content)
         loss = [node for node in content if analysis.kinds.get(node) is Kind.LOSS]
         if not attentions and not loss:
@@ -132,12 +132,27 @@ def _is_source(node: fx.Node, analysis: TokenAxes) -> bool:
     return node.op == "placeholder" and fake(node).is_floating_point() and len(axes) == 3
 
 
-def _refuse_numbers(content: set[fx.Node]) -> None:
-    """A number read from token content is no tensor any more: where it goes, no analysis of axes follows."""
+def _refuse_numbers(content: set[fx.Node], analysis: TokenAxes) -> None:
+    """A number read from token content is no tensor any more: where it goes, no analysis of axes follows.
+
+    Unless it goes nowhere but into the sizes of groups of rows, for which it was proven to be the right one.
+    """
     for node in content:
         for user in node.users:
-            if user.target in SCALARS_OF_TENSORS:
+            if user.target in SCALARS_OF_TENSORS and not _only_groups_rows(user, analysis):
                 raise Refused("number", f"{operator_name(user)} reads a number from token content", user)
+
+
+def _only_groups_rows(number: fx.Node, analysis: TokenAxes) -> bool:
+    for user in number.users:
+        if is_tensors(fake(user)):
+            parts = analysis.axes.get(user)
+            groups = parts if isinstance(parts, tuple) and user not in analysis.unproven else ()
+            if not any(isinstance(factor, Group) for axes in groups for factor in axes.factors):
+                return False
+        elif not _only_groups_rows(user, analysis):
+            return False
+    return True
 
 
 def _attentions(gm: fx.GraphModule, analysis: TokenAxes, content: set[fx.Node]) -> list[Attention]:

@@ -28,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.fx.experimental.symbolic_shapes import rebind_unbacked
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from regate_fx.passes.fake_results import READS_VALUES, Undecided, value_key
+from regate_fx.passes.fake_results import Undecided, reads_values, value_key
 
 
 class AliasWritten(Exception):
@@ -307,7 +307,7 @@ def _is_copyable(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return True
     is_overload = isinstance(node.target, torch._ops.OpOverload)
-    return is_overload and not READS_VALUES.intersection(node.target.tags)
+    return is_overload and not reads_values(node.target)
 
 
 def _name(node: fx.Node) -> str | None:

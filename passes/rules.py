@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import NO_AXES, Axes, Meaning, TokenSymbols, merge
+from regate_fx.passes.axes import NO_AXES, Axes, TokenSymbols, merge
 from regate_fx.passes.base import Refused, fake, operator_name
 
 Result = Axes | tuple[Axes, ...]
@@ -41,11 +41,13 @@ class Verdict:
     """The axes of a node's value (a tuple for several values) and how it treats tokens.
 
     `reads_offsets`: the operator takes ends of groups of rows, and is known to compute each row by itself.
+    `reads_numbers`: it takes numbers of rows, and is known to take them for nothing else.
     """
 
     axes: Result
     kind: Kind = Kind.ROWS
     reads_offsets: bool = False
+    reads_numbers: bool = False
 
 
 Rule = Callable[["Operands"], Verdict]
@@ -128,11 +130,5 @@ def kind_of_product(result: Axes, *operands: Axes) -> Kind:
 
 def rowwise(op: Operands, operands: Sequence[Axes]) -> Verdict:
     """An operator that broadcasts its operands and treats every element by itself."""
-    dims = merge(operands, operator_name(op.node))
-    result = Axes(dims)
-    # Sorted ids are the rows' own, in another order; the other meanings number rows, or count them.
-    if any(axes.meaning not in (None, Meaning.ARANGE, Meaning.SORTED_IDS) for axes in operands):
-        raise op.refuse(
-            "row-numbers", "computes with row numbers or row counts outside a known expert dispatch"
-        )
+    result = Axes(merge(operands, operator_name(op.node)))
     return Verdict(result, kind_of(result, *operands))

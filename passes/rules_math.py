@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from regate_fx.passes.axes import Axes, Dim, Token, has_token, merge
+from regate_fx.passes.axes import Axes, Dim, Meaning, Token, has_token, merge
 from regate_fx.passes.base import fake, operator_name
+from regate_fx.passes.row_keys import row_key
 from regate_fx.passes.rules import Kind, Operands, Verdict, kind_of, kind_of_product, rowwise, rule
 from regate_fx.passes.rules_shape import feature_size, shape_without
 
@@ -18,7 +20,7 @@ from regate_fx.passes.rules_shape import feature_size, shape_without
     "aten.square", "aten.float_power", "aten.true_divide", "aten.multiply", "aten.subtract", "aten.divide",
     "aten.greater", "aten.greater_equal", "aten.less", "aten.less_equal", "aten.not_equal", "aten.clip",
     "aten.isfinite", "aten.absolute", "aten.negative", "aten.softplus", "aten.mish", "aten.hardtanh",
-    "aten.rsub", "aten.where", "aten.polar", "aten.complex", "aten.exponential", "aten.uniform",
+    "aten.rsub", "aten.polar", "aten.complex", "aten.exponential", "aten.uniform",
     "aten.normal_functional", "aten.bernoulli", "aten.cauchy", "aten.geometric", "aten.log_normal",
 )  # fmt: skip
 def elementwise(op: Operands) -> Verdict:
@@ -38,7 +40,7 @@ def _type_as(op: Operands) -> Verdict:
 )  # fmt: skip
 def _like(op: Operands) -> Verdict:
     axes = op.axes("self")
-    return Verdict(Axes(axes.dims), Kind.CONSTANT if axes.has_tokens else Kind.ROWS)
+    return Verdict(Axes(axes.dims), Kind.CONSTANT if axes.has_tokens else Kind.ROWS, reads_numbers=True)
 
 
 # Reductions over keys whose result is exact once the empty slots hold the named filler.
@@ -81,11 +83,17 @@ def _reduce(op: Operands) -> Verdict:
     if tokens and not reduced.has_tokens and axes.sequences == 1:
         if operator_name(op.node) not in ("aten.sum", "aten.mean"):
             raise op.refuse("mixes-tokens", "reduces over all tokens")
+        if axes.meaning is Meaning.ONE_HOT and dims == list(range(len(axes) - 1)) and _is_sum(op):
+            return Verdict(Axes(reduced.dims, Meaning.COUNTS, axes.key, aggregate=True))
         return Verdict(Axes(reduced.dims, aggregate=True))
     if tokens:
         _check_key_reduction(op, axes, dims)
         kind = Kind.PAIRS
     return Verdict((reduced,) * len(fake(op.node)) if several else reduced, kind)
+
+
+def _is_sum(op: Operands) -> bool:
+    return operator_name(op.node) == "aten.sum" and not op._arguments.get("keepdim", False)
 
 
 @rule("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax")
@@ -138,9 +146,18 @@ def _along_dim(op: Operands) -> Verdict:
     merged = rowwise(op, without)
     assert isinstance(merged.axes, Axes)
     size = op.symbols.dim_of_size(op.shape[dim])
-    return Verdict(
-        merged.axes.with_dims([*merged.axes.dims[:dim], size, *merged.axes.dims[dim + 1 :]]), merged.kind
-    )
+    result = merged.axes.with_dims([*merged.axes.dims[:dim], size, *merged.axes.dims[dim + 1 :]])
+    if dim == len(result) - 1 and _writes_ones(op):
+        result = replace(result, meaning=Meaning.ONE_HOT, key=row_key(op["index"]))
+    return Verdict(result, merged.kind)
+
+
+def _writes_ones(op: Operands) -> bool:
+    """Whether a scatter writes ones to zeros."""
+    is_scatter = operator_name(op.node) == "aten.scatter" and "reduce" not in op._arguments
+    zeros = op["self"]
+    made = operator_name(zeros) in ("aten.zeros", "aten.zeros_like", "aten.new_zeros")
+    return is_scatter and made and op._arguments.get("value") == 1
 
 
 def _check_index_covers(op: Operands, dim: int) -> None:
@@ -154,7 +171,10 @@ def _check_index_covers(op: Operands, dim: int) -> None:
 @rule("aten.one_hot")
 def _one_hot(op: Operands) -> Verdict:
     axes = op.axes("self")
-    return Verdict(axes.with_dims([*axes.dims, op.symbols.dim_of_size(op.shape[-1])]))
+    result = axes.with_dims([*axes.dims, op.symbols.dim_of_size(op.shape[-1])])
+    if result.meaning is None:
+        result = replace(result, meaning=Meaning.ONE_HOT, key=row_key(op["self"]))
+    return Verdict(result)
 
 
 @rule("aten.layer_norm", "aten.rms_norm", "aten._fused_rms_norm", "aten.native_layer_norm")

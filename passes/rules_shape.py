@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
+import torch
 
 from regate_fx.passes.axes import Axes, Cut, Dim, Meaning, Token, has_token, reshape, size_expr
 from regate_fx.passes.base import fake
@@ -112,16 +114,30 @@ def _select(op: Operands) -> Verdict:
     dim = op.dim(op["dim"], axes)
     if has_token(axes.dims[dim]):
         raise op.refuse("cuts-tokens", "picks one entry of a token axis")
+    if len(axes.along) > 1 and dim == len(axes) - 1:
+        return Verdict(_column(axes, op["index"]), reads_numbers=True)
     result = axes.with_dims([*axes.dims[:dim], *axes.dims[dim + 1 :]])
     return Verdict(result, kind_of(result))
 
 
-@rule("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind", "aten.tensor_split")
-def _split(op: Operands) -> Verdict:
+def _column(places: Axes, index: int) -> Axes:
+    """One column of places [M, rank]; along what is no token axis they are values like others."""
+    along = places.along[index]
+    if not has_token(along):
+        return Axes(places.dims[:-1])
+    return replace(places, dims=places.dims[:-1], along=(along,))
+
+
+@rule("aten.split", "aten.chunk", "aten.unbind", "aten.tensor_split")
+def split(op: Operands) -> Verdict:
+    """A tensor split along a dimension that is no token axis."""
     axes = op.axes("self")
     dim = op.dim(op["dim"], axes)
     if has_token(axes.dims[dim]):
         raise op.refuse("cuts-tokens", "splits a token axis")
+    if len(axes.along) > 1 and dim == len(axes) - 1 and len(fake(op.node)[0].shape) < len(axes):
+        columns = tuple(_column(axes, index) for index in range(len(axes.along)))
+        return Verdict(columns, reads_numbers=True)
     parts = []
     for part in fake(op.node):
         sizes = [feature_size(op, part.shape[dim])] if len(part.shape) == len(axes) else []
@@ -136,12 +152,13 @@ def _getitem(op: Operands) -> Verdict:
     return Verdict(axes, kind_of(axes))
 
 
-@rule("aten.cat", "aten.concat", "aten.concatenate", "aten.stack")
-def _join(op: Operands) -> Verdict:
+@rule("aten.stack")
+def join(op: Operands) -> Verdict:
+    """Tensors joined along a dimension, of theirs or a new one, that is no token axis."""
     rank = len(op.shape)
     dim = op["dim"] % rank
     # Of any rank, `cat` takes [0] for nothing: so begin the caches of keys and values.
-    parts = [op.axes(part) for part in op["tensors"] if rank == 1 or tuple(fake(part).shape) != (0,)]
+    parts = [op.axes(part) for part in op["tensors"] if rank == 1 or not _is_nothing(fake(part))]
     stacking = rank > len(parts[0])
     if len(parts) == 1 and not stacking:
         whole = parts[0].with_dims(parts[0].dims)
@@ -155,6 +172,10 @@ def _join(op: Operands) -> Verdict:
     size = feature_size(op, op.shape[dim])
     result = joined.axes.with_dims([*joined.axes.dims[:dim], size, *joined.axes.dims[dim + 1 :]])
     return Verdict(result, joined.kind)
+
+
+def _is_nothing(value: torch.Tensor) -> bool:
+    return value.dim() == 1 and isinstance(value.shape[0], int) and value.shape[0] == 0
 
 
 @rule("aten.slice_scatter")
@@ -225,7 +246,7 @@ def _repeat_interleave(op: Operands) -> Verdict:
 
 def _made(op: Operands) -> Verdict:
     result = op.symbols.axes_of_shape(op.shape)
-    return Verdict(result, Kind.CONSTANT if result.has_tokens else Kind.ROWS)
+    return Verdict(result, Kind.CONSTANT if result.has_tokens else Kind.ROWS, reads_numbers=True)
 
 
 rule(

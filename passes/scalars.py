@@ -17,9 +17,9 @@ SCALARS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 _SHAPED = {
     "aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.unflatten", "aten.slice", "aten.zeros",
     "aten.ones", "aten.empty", "aten.new_zeros", "aten.new_ones", "aten.new_empty", "aten.arange", "aten.repeat",
-    "aten.broadcast_to", "aten.slice_scatter", "autograd_function_apply",
+    "aten.broadcast_to", "aten.slice_scatter", "autograd_function_apply", "aten._assert_scalar",
 }  # fmt: skip
-_PARTLY_SHAPED = {"aten.full": {0}, "aten.new_full": {1}}
+_PARTLY_SHAPED = {"aten.full": {0}, "aten.new_full": {1}, "aten.split_with_sizes": {1}}
 
 
 def scalar_expr(value: Any) -> sympy.Expr:
@@ -37,8 +37,11 @@ def size_arguments(node: fx.Node) -> set[int] | None:
 
 
 def is_token_number(value: Any, symbols: TokenSymbols) -> bool:
-    """Whether a fake value is a number that depends on the batch or sequence size."""
-    return isinstance(value, SCALARS) and symbols.mentions(scalar_expr(value))
+    """Whether a fake value is a number that depends on the batch or sequence size, or on how many tokens are picked."""
+    if not isinstance(value, SCALARS):
+        return False
+    expr = scalar_expr(value)
+    return symbols.mentions(expr) or not symbols.counts.isdisjoint(expr.free_symbols)
 
 
 def computes_with_sizes(node: fx.Node, symbols: TokenSymbols) -> bool:

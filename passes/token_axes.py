@@ -11,13 +11,20 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 # Imported for the rules they register.
-from regate_fx.passes import rules_attention, rules_index, rules_math, rules_quantised, rules_shape  # noqa: F401
-from regate_fx.passes.axes import NO_AXES, Axes, Cut, Meaning, TokenSymbols, size_expr
+from regate_fx.passes import (  # noqa: F401
+    rules_attention,
+    rules_dispatch,
+    rules_index,
+    rules_math,
+    rules_quantised,
+    rules_shape,
+)
+from regate_fx.passes.axes import NO_AXES, NUMBERING, Axes, Cut, Meaning, TokenSymbols, size_expr
 from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_tensors, operator_name
 from regate_fx.passes.function_axes import function_verdict
 from regate_fx.passes.functions import FUNCTION_APPLY
@@ -60,12 +67,27 @@ class AnalyseTokenAxes:
         return PassResult(gm, 0, tuple(refused.refusal() for refused in analysis.unproven.values()))
 
 
+def check_picked_sizes(analysis: TokenAxes) -> None:
+    """Raise `Refused` for a size read from data that is not known to be a number of token rows.
+
+    Inductor fails on some operators of other such sizes (a convolution over as many images as a mask leaves).
+    """
+    for node in analysis.axes:
+        values = fake(node) if isinstance(fake(node), (tuple, list)) else [fake(node)]
+        unbacked = set().union(*(free_unbacked_symbols(v) for v in values if isinstance(v, torch.Tensor)))
+        if unbacked and node in analysis.unproven:
+            raise Refused("number", analysis.unproven[node].reason, node)
+        if not unbacked <= analysis.symbols.counts:
+            raise Refused("number", "a size is read from data", node)
+
+
 def _analyse(node: fx.Node, analysis: TokenAxes) -> None:
     value = fake(node)
     if node.op == "output" or not is_tensors(value):
         return
     try:
         verdict = _contain_aggregates(node, _verdict(node, analysis), analysis)
+        _follow_numbers(node, verdict, analysis)
         _check_sizes(node, verdict, analysis.symbols)
     except Refused as refused:
         refused.node = refused.node or node
@@ -140,11 +162,23 @@ def _contain_aggregates(node: fx.Node, verdict: Verdict, analysis: TokenAxes) ->
     return replace(verdict, axes=marked if isinstance(verdict.axes, tuple) else marked[0])
 
 
+def _follow_numbers(node: fx.Node, verdict: Verdict, analysis: TokenAxes) -> None:
+    """Numbers of rows must stay known as such, or pick rows: as values they would be others in another layout."""
+    if verdict.reads_numbers or all(axes.meaning is not None for axes in parts_of(verdict.axes)):
+        return
+    if any(_meaning(analysis.axes.get(source)) in NUMBERING for source in node.all_input_nodes):
+        raise Refused(
+            "row-numbers",
+            f"{operator_name(node)} computes with row numbers outside a known expert dispatch",
+            node,
+        )
+
+
 def _is_aggregate(result: Result | None) -> bool:
     return result is not None and any(axes.aggregate for axes in parts_of(result))
 
 
-def _meaning(result: Result) -> Meaning | None:
+def _meaning(result: Result | None) -> Meaning | None:
     return result.meaning if isinstance(result, Axes) else None
 
 
@@ -176,11 +210,10 @@ def _check_sizes(node: fx.Node, verdict: Verdict, symbols: TokenSymbols) -> None
     for axes, value in zip(parts_of(verdict.axes), values, strict=True):
         if not isinstance(value, torch.Tensor):
             continue
-        sizes = [symbols.size(dim) for dim in axes.dims]
-        wanted = [size_expr(size) for size in value.shape]
-        if len(sizes) != len(wanted) or any(
-            a != b and sympy.expand(a - b) != 0 for a, b in zip(sizes, wanted, strict=True)
-        ):
+        known = len(axes) == len(value.shape)
+        if not known or not all(map(symbols.is_size, axes.dims, value.shape)):
+            sizes = [symbols.size(dim) for dim in axes.dims]
+            wanted = [size_expr(size) for size in value.shape]
             raise Refused(
                 "axis", f"{operator_name(node)} was analysed as {sizes} but has shape {wanted}", node
             )

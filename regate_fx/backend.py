@@ -30,6 +30,7 @@ from regate_fx.passes.pipeline import (
 )
 from regate_fx.passes.plan_nodes import ANCHOR
 from regate_fx.passes.split_layers import split_layers
+from regate_fx.passes.token_axes import check_picked_sizes
 from regate_fx.sharded import Sharding
 
 Compiled = Callable[..., Any]
@@ -140,9 +141,7 @@ class GatingBackend:
                 normalised.append(_copy(graph_module))
 
         try:
-            if self.whole:
-                _refuse_sizes_from_data(gm)
-            run = run_passes(_copy(gm), PassContext(), self._chosen_passes(), dump=keep)
+            run = self._passed(gm, keep)
         except Refused as refused:
             self.captures.refusals.append(refused.kept())
             if self.whole and refused.code == "number":
@@ -152,6 +151,21 @@ class GatingBackend:
             self.captures.refusals.append(Refused("pass-failed", str(failed)))
             return None
         self.captures.runs.append(run)
+        return run
+
+    def _passed(self, gm: fx.GraphModule, keep: Callable[[str, fx.GraphModule], None]) -> PipelineRun:
+        """The graph after all passes. In a whole graph, sizes read from data have to be numbers of picked rows."""
+        unknown = _size_from_data(gm) if self.whole else None
+        try:
+            run = run_passes(_copy(gm), PassContext(), self._chosen_passes(), dump=keep)
+        except (Refused, PassFailed) as error:
+            if unknown is None:
+                raise
+            if isinstance(error, Refused) and error.code in ("number", "size-as-value"):
+                raise Refused("number", error.reason, error.node) from error
+            raise Refused("number", "a size is read from data", unknown) from error
+        if unknown is not None:
+            check_picked_sizes(run.context.findings["token_axes"])
         return run
 
     def _chosen_passes(self) -> Sequence[Pass]:
@@ -172,12 +186,13 @@ def _refused(*args: Any) -> Any:
     raise Captured
 
 
-def _refuse_sizes_from_data(gm: fx.GraphModule) -> None:
-    """Inductor fails on some operators of such sizes (a convolution over as many images as a mask leaves)."""
+def _size_from_data(gm: fx.GraphModule) -> fx.Node | None:
+    """The first node of a Dynamo graph whose shape is read from data."""
     for node in gm.graph.nodes:
         value = node.meta.get("example_value")
         if isinstance(value, torch.Tensor) and free_unbacked_symbols(value):
-            raise Refused("number", "a size is read from data", node)
+            return node
+    return None
 
 
 def _dense_reference(normalised: list[fx.GraphModule]) -> Compiled:

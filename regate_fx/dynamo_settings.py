@@ -24,6 +24,7 @@ def capture_settings(whole: bool) -> Iterator[None]:
     dynamo = torch._dynamo.config.patch(
         assume_static_by_default=whole,
         capture_scalar_outputs=whole,
+        capture_dynamic_output_shape_ops=whole,
         specialize_int=not whole,
         force_nn_module_property_static_shapes=whole,
         optimize_ddp=False,

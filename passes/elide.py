@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import NO_AXES, Axes, Cut, Meaning, Token, TokenSymbols, size_expr
+from regate_fx.passes.axes import NO_AXES, REORDERED, Axes, Cut, Meaning, Token, TokenSymbols, size_expr
 from regate_fx.passes.base import (
     SCALARS_OF_TENSORS,
     PassContext,
@@ -129,6 +129,8 @@ class Rewriter:
         if kind is Kind.CONSTANT and layout is not Layout.DENSE:
             with self.emit.like(node):
                 return self._reinstantiate(node, layout)
+        if layout is not Layout.DENSE and any(isinstance(factor, REORDERED) for factor in axes.factors):
+            return self._made_of(node, layout)
         if layout is Layout.PACKED and any(isinstance(factor, Cut) for factor in axes.factors):
             with self.emit.like(node):
                 return self._reinstantiate(node, layout)  # from the rows it was cut from
@@ -147,6 +149,15 @@ class Rewriter:
             )
         shown = self.layouts.rearrange(self.value(base, Layout.DENSE), self.analysis.of(base), axes)
         return self.layouts.scatter(self.value(node, Layout.PACKED), axes, shown)
+
+    def _made_of(self, node: fx.Node, layout: Layout) -> fx.Node:
+        """Rows picked or sorted at every position, in a layout of fewer: picked or sorted anew among those."""
+        if operator_name(node) == "getitem":
+            held = self._values[node.args[0]].layouts
+            if layout not in held:
+                held[layout] = self._made_of(node.args[0], layout)
+        with self.emit.like(node):
+            return self._reinstantiate(node, layout)
 
     def symint(self, node: fx.Node, layout: Layout) -> Any:
         """A captured size, with B and S replaced by what they are in a layout."""

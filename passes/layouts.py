@@ -21,7 +21,7 @@ import sympy
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import Axes, Dim, Factor, Token, has_token
+from regate_fx.passes.axes import REORDERED, Axes, Dim, Factor, Token, has_token
 from regate_fx.passes.base import Refused, fake
 from regate_fx.passes.emit import Emitter
 from regate_fx.passes.plan_nodes import PlanNodes
@@ -244,6 +244,8 @@ class Layouts:
 
     def _explode(self, value: fx.Node, axes: Axes, layout: Layout) -> tuple[fx.Node, list[Factor]]:
         """Give every factor its own dimension."""
+        if any(isinstance(factor, REORDERED) for factor in axes.factors):
+            raise Refused("layout", "rows that were picked or sorted cannot be moved by their positions")
         factors: list[Factor] = []
         sizes: list[Size] = []
         for index, dim in enumerate(axes.dims):

@@ -88,7 +88,8 @@ def _sort(op: Operands) -> Verdict:
         return Verdict((plain, plain) if several else plain, kind_of(plain))
     if len(axes) != 1 or fake(op["self"]).is_floating_point() or axes.meaning is not None:
         raise op.refuse("mixes-tokens", "sorts along token positions")
-    key = row_key(op["self"])
+    # Counts go by rising ids: no groups of rows that are sorted the other way round.
+    key = row_key(op["self"]) + (" descending" if op["descending"] else "")
     order = ((Sorted(axes.dims[0], key),),)
     values, indices = Axes(order, Meaning.SORTED_IDS, key), Axes(order, Meaning.PERMUTATION, key)
     return Verdict((values, indices) if several else indices)
@@ -168,8 +169,11 @@ def _counts(op: Operands) -> Verdict:
         return Verdict(op.symbols.axes_of_shape(op.shape))
     if axes.meaning in NUMBERING:
         raise op.refuse("row-numbers", "counts row numbers")
+    counted = Axes(((fake(op.node).shape[0],),), aggregate=True)
+    if "bins" in op._arguments and (op["min"], op["max"]) != (0, op["bins"] - 1):
+        return Verdict(counted)  # of ranges, not of single ids
     key = axes.key if axes.meaning is Meaning.SORTED_IDS else row_key(op["self"])
-    return Verdict(Axes(((fake(op.node).shape[0],),), Meaning.COUNTS, key, aggregate=True))
+    return Verdict(replace(counted, meaning=Meaning.COUNTS, key=key))
 
 
 @rule("transformers.grouped_mm_fallback", "aten._grouped_mm")

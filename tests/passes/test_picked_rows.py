@@ -6,6 +6,7 @@ Shapes: B samples, S positions, N = B * S tokens, D hidden size, E experts, K of
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,8 +21,10 @@ from gating import (
     refusal_of,
     step,
 )
-from small_decoder import Block, D, Extra, batch, decoder, some_active
+from small_decoder import Block, D, Decoder, Extra, batch, causal_mask, decoder, some_active
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import CausalLMOutput
 
 E, K = 4, 2
 
@@ -156,6 +159,80 @@ def test_the_dense_reference_leaves_picked_rows_alone() -> None:
     assert_same_step(seen, step(gate(model), **inputs, token_mask=active))
 
 
+class TypedBlock(Block):
+    """Tokens of one type, which their ids tell, have an expert of their own."""
+
+    def forward(self, x: Tensor, given: Any) -> Tensor:
+        mask, is_typed = given
+        x = x + self.attend(self.attention_norm(x), mask)
+        assert self.extra is not None
+        return x + self.extra(self, self.norm(x), is_typed)
+
+
+class TypedDecoder(Decoder):
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> CausalLMOutput:
+        x = self.embedding(input_ids)
+        given = causal_mask(attention_mask, input_ids.shape[1]), input_ids % 3 == 0
+        for layer in self.layers:
+            x = layer(x, given)
+        logits = self.head(self.final_norm(x))
+        return CausalLMOutput(loss=None if labels is None else self.loss(logits, labels), logits=logits)
+
+
+def typed_by_condition(b: Block, x: Tensor, is_typed: Any) -> Tensor:
+    y = torch.empty_like(x)
+    y[is_typed] = expert(b, 0, x[is_typed])
+    y[~is_typed] = expert(b, 1, x[~is_typed])
+    return y
+
+
+def typed_by_place(b: Block, x: Tensor, is_typed: Any) -> Tensor:
+    sample, position = torch.where(is_typed)
+    y = torch.zeros_like(x)
+    y[sample, position] = expert(b, 0, x[sample, position])
+    return y
+
+
+def typed_by_number(b: Block, x: Tensor, is_typed: Any) -> Tensor:
+    rows = is_typed.flatten().nonzero().squeeze(1)
+    tokens = x.reshape(-1, D)
+    return torch.zeros_like(tokens).index_add(0, rows, expert(b, 0, tokens[rows])).view(x.shape)
+
+
+def typed_by_order(b: Block, x: Tensor, is_typed: Any) -> Tensor:
+    order = is_typed.flatten().long().argsort()
+    computed = expert(b, 0, x.reshape(-1, D)[order])
+    result = torch.empty_like(computed)
+    result[order] = computed
+    return result.view(x.shape)
+
+
+TYPED: tuple[Extra, ...] = (typed_by_condition, typed_by_place, typed_by_number, typed_by_order)
+
+
+@pytest.mark.parametrize("extra", TYPED, ids=lambda extra: extra.__name__)
+@pytest.mark.parametrize("B", [3, 1])
+def test_rows_picked_by_what_is_no_state_are_picked_anew_among_the_active(extra: Extra, B: int) -> None:
+    torch.manual_seed(0)
+    model = TypedDecoder([TypedBlock(extra), TypedBlock(extra)])
+    gated = gate(model)
+    inputs, active = batch(B), some_active(B)
+    assert_is_key_masked(gated, model, inputs, active)
+    assert_all_active_is_eager(gated, model, inputs)
+    assert {layer.kind for layer in gated.report.layers} == {"varlen"}
+
+
+def test_picked_rows_are_picked_again_where_a_layer_is_recomputed() -> None:
+    model = decoder(looped, layers=2)
+    for layer in model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    gated = gate(model, backend="aot_eager")
+    assert_is_key_masked(gated, model, batch(3), some_active(3))
+    assert {layer.kind for layer in gated.report.layers} == {"varlen"}
+
+
 def _picked(x: Tensor) -> tuple[Tensor, Tensor]:
     tokens = x.reshape(-1, D)
     return tokens, (tokens[:, 0] > 0).nonzero().squeeze(-1)
@@ -246,6 +323,16 @@ def groups_of_other_experts(b: Block, x: Tensor, m: Any) -> Tensor:
     return torch.zeros_like(tokens).index_add(0, order, computed).view(x.shape)
 
 
+def falling_groups(b: Block, x: Tensor, m: Any) -> Tensor:
+    """Rows by falling ids, split by numbers that go by rising ones: which expert a row meets hangs on the others."""
+    tokens, _, chosen = routed(b, x)
+    sizes = F.one_hot(chosen[:, 0], E).sum(0).tolist()
+    order = chosen[:, 0].argsort(descending=True)
+    groups = tokens[order].split(sizes, dim=0)
+    computed = torch.cat([expert(b, index, group) for index, group in enumerate(groups)])
+    return torch.zeros_like(tokens).index_add(0, order, computed).view(x.shape)
+
+
 def groups_in_another_order(b: Block, x: Tensor, m: Any) -> Tensor:
     tokens, _, chosen = routed(b, x)
     sizes = F.one_hot(chosen[:, 0], E).sum(0).tolist()
@@ -276,6 +363,7 @@ MIXING: dict[Extra, str] = {
     picked_by_sample: "a size is read from data|aten.sum|not over single token rows",
     unsorted_order: "writes values of other rows|pairs different axes",
     groups_of_other_experts: "aten.item reads a number from token content",
+    falling_groups: "aten.item reads a number from token content",
     groups_in_another_order: "not all groups in their order",
     group_sizes_as_values: "aten.item reads a number from token content",
     reshaped_order: "aten.mul pairs different axes",

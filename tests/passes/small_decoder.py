@@ -6,6 +6,7 @@ Shapes: B samples, S positions, D hidden size, V vocabulary, H heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,10 @@ def shifted_logits(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1))
 
 
+def in_float32(logits: Tensor, labels: Tensor) -> Tensor:
+    return shifted_labels(logits.float(), labels)
+
+
 def unshifted(logits: Tensor, labels: Tensor) -> Tensor:
     """Row t with label t."""
     return F.cross_entropy(logits.reshape(-1, V), labels.reshape(-1))
@@ -122,6 +127,18 @@ class Decoder(nn.Module):
         logits = self.head(self.final_norm(x))
         loss = None if labels is None else self.loss(logits, labels)
         return CausalLMOutput(loss=loss, logits=logits)
+
+
+class Loss(nn.Module):
+    """A model's loss as a tensor, and its logits where they are wanted."""
+
+    def __init__(self, model: nn.Module, logits: bool = False) -> None:
+        super().__init__()
+        self.model, self.logits = model, logits
+
+    def forward(self, **inputs: Tensor) -> Any:
+        out = self.model(**inputs)
+        return (out.loss, out.logits) if self.logits else out.loss
 
 
 def decoder(extra: Extra | None = None, layers: int = 2, **options: object) -> Decoder:

@@ -16,23 +16,13 @@ from gating import (
     assert_is_key_masked,
     gate,
 )
-from small_decoder import Block, V, batch, decoder, hide, some_active
-from torch import Tensor, nn
+from small_decoder import Block, Loss, V, batch, decoder, hide, some_active
+from torch import Tensor
 
 from regate_fx.errors import NotGateable
 from regate_fx.passes.base import operator_name
 
 S = 7
-
-
-class Loss(nn.Module):
-    def __init__(self, model: nn.Module, logits: bool = False) -> None:
-        super().__init__()
-        self.model, self.logits = model, logits
-
-    def forward(self, **inputs: Tensor) -> Any:
-        out = self.model(**inputs)
-        return (out.loss, out.logits) if self.logits else out.loss
 
 
 def pairs(block: Block, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
 from captured import operators, run_on
 from gating import assert_is_key_masked, assert_same_step, gate, step
-from small_decoder import V, batch, decoder, shifted_labels, shifted_logits, some_active, unshifted
-from torch import Tensor, nn
+from small_decoder import (
+    Loss,
+    V,
+    batch,
+    decoder,
+    in_float32,
+    shifted_labels,
+    shifted_logits,
+    some_active,
+    unshifted,
+)
+from torch import Tensor, fx
 
+from regate_fx.passes.base import Pass
 from regate_fx.passes.head_loss import FuseHeadLoss
 from regate_fx.passes.pipeline import ANALYSE, CLEAN, ELIDE, NORMALISE
 
 LossCode = Callable[[Tensor, Tensor], Tensor]
 FUSED = (*NORMALISE, *ANALYSE, *ELIDE, *CLEAN, FuseHeadLoss(least_bytes=0))
-
-
-def in_float32(logits: Tensor, labels: Tensor) -> Tensor:
-    return shifted_labels(logits.float(), labels)
 
 
 def capped(logits: Tensor, labels: Tensor) -> Tensor:
@@ -47,21 +54,16 @@ def clamped(logits: Tensor, labels: Tensor) -> Tensor:
     return shifted_labels(logits.clamp(-1, 1), labels)
 
 
-class Loss(nn.Module):
-    def __init__(self, loss: LossCode) -> None:
-        super().__init__()
-        self.model = decoder(layers=1, loss=loss)
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        return self.model(**inputs).loss
-
-
 CODES = [shifted_labels, shifted_logits, unshifted, in_float32, capped, scaled, scaled_and_capped]
+
+
+def rewritten(code: LossCode, passes: Sequence[Pass] = FUSED) -> fx.GraphModule:
+    return run_on(Loss(decoder(layers=1, loss=code)), batch(3), passes, some_active(3)).graph_module
 
 
 @pytest.mark.parametrize("code", CODES)
 def test_no_logits_are_left(code: LossCode) -> None:
-    graph = run_on(Loss(code), batch(3), FUSED, some_active(3)).graph_module
+    graph = rewritten(code)
     found = operators(graph)
     assert found["regate_fx.head_loss"] == 1
     assert not found["aten.cross_entropy_loss"]
@@ -79,20 +81,16 @@ def test_a_loss_of_changed_logits_is_the_same(code: LossCode) -> None:
 
 @pytest.mark.parametrize("code", [capped_twice, scaled_by_class, clamped])
 def test_logits_that_are_changed_otherwise_stay(code: LossCode) -> None:
-    found = operators(run_on(Loss(code), batch(3), FUSED, some_active(3)).graph_module)
+    found = operators(rewritten(code))
     assert not found["regate_fx.head_loss"]
     assert found["aten.cross_entropy_loss"] == 1
 
 
 def test_small_logits_stay_by_default() -> None:
     passes = (*FUSED[:-1], FuseHeadLoss())
-    assert not operators(run_on(Loss(shifted_labels), batch(3), passes, some_active(3)).graph_module)[
-        "regate_fx.head_loss"
-    ]
+    assert not operators(rewritten(shifted_labels, passes))["regate_fx.head_loss"]
     large = FuseHeadLoss(least_bytes=4 * 3 * V)  # of a row for each sample, at most what is active
-    found = operators(
-        run_on(Loss(shifted_labels), batch(3), (*FUSED[:-1], large), some_active(3)).graph_module
-    )
+    found = operators(rewritten(shifted_labels, (*FUSED[:-1], large)))
     assert found["regate_fx.head_loss"] == 1
 
 

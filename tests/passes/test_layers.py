@@ -8,20 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captured import run_until
-from small_decoder import Block, Decoder, batch, decoder
+from small_decoder import Block, Decoder, Loss, batch, decoder
 from torch import Tensor, nn
 
 from regate_fx.passes.base import Refused, operator_name
 from regate_fx.passes.layers import DecoderStack
-
-
-class Loss(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        return self.model(**inputs).loss
 
 
 def stack(model: nn.Module) -> DecoderStack:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from captured import run_until
 from gating import assert_all_active_is_eager, gate, step
-from small_decoder import Block, D, Decoder, batch, some_active
+from small_decoder import Block, D, Decoder, Loss, batch, some_active
 from torch import Tensor, nn
 
 from regate_fx.passes.base import is_tensor, operator_name
@@ -44,16 +44,6 @@ class HandWritten(Block):
         seen = torch.arange(S)[:, None] >= torch.arange(S)
         scores = (self.q(x) @ self.k(x).mT).masked_fill(~seen, torch.finfo(x.dtype).min)
         return self.o(scores.softmax(-1) @ self.v(x))
-
-
-class Loss(nn.Module):
-    def __init__(self, model: nn.Module, logits: bool = False) -> None:
-        super().__init__()
-        self.model, self.logits = model, logits
-
-    def forward(self, **inputs: Tensor) -> Any:
-        out = self.model(**inputs)
-        return (out.loss, out.logits) if self.logits else out.loss
 
 
 def place(*blocks: nn.Module, logits: bool = False) -> tuple[PipelineRun, DecoderStack, Placement]:

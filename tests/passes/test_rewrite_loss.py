@@ -9,27 +9,23 @@ import torch
 import torch.nn.functional as F
 from captured import operators, run_until
 from gating import assert_all_active_is_eager, gate, step
-from small_decoder import V, batch, decoder, shifted_labels, shifted_logits, some_active, unshifted
-from torch import Tensor, nn
+from small_decoder import (
+    Loss,
+    V,
+    batch,
+    decoder,
+    in_float32,
+    shifted_labels,
+    shifted_logits,
+    some_active,
+    unshifted,
+)
+from torch import Tensor
 
 from regate_fx.errors import NotGateable
 from regate_fx.passes.base import Refused
 
 LossCode = Callable[[Tensor, Tensor], Tensor]
-
-
-class Loss(nn.Module):
-    def __init__(self, loss: LossCode) -> None:
-        super().__init__()
-        self.model = decoder(layers=1, loss=loss)
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        return self.model(**inputs).loss
-
-
-def in_float32(logits: Tensor, labels: Tensor) -> Tensor:
-    labels = F.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
-    return F.cross_entropy(logits.float().view(-1, V), labels.view(-1))
 
 
 def summed(logits: Tensor, labels: Tensor) -> Tensor:
@@ -158,8 +154,10 @@ def test_no_counted_label_is_a_loss_of_zero_with_zero_gradients() -> None:
 
 
 def test_rows_and_operators() -> None:
-    before = run_until("place", Loss(shifted_labels), batch(), some_active()).graph_module
-    run = run_until("remove_unused", Loss(shifted_labels), batch(), some_active())
+    before = run_until(
+        "place", Loss(decoder(layers=1, loss=shifted_labels)), batch(), some_active()
+    ).graph_module
+    run = run_until("remove_unused", Loss(decoder(layers=1, loss=shifted_labels)), batch(), some_active())
     old, new = operators(before), operators(run.graph_module)
     assert old["aten.cross_entropy_loss"] == new["aten.cross_entropy_loss"] == 1
     assert run.context.findings["loss"] is True

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from captured import capture, copy_graph, operators
-from small_decoder import batch, decoder, some_active
+from small_decoder import Loss, batch, decoder, some_active
 from torch import Tensor, fx, nn
 
 from regate_fx.layerwise import LayerwiseGraph, compile_parts, signature
@@ -51,15 +51,6 @@ def test_the_parts_compute_what_the_whole_does(padded: bool) -> None:
     for seen, grad in zip(gradients, wanted, strict=True):
         assert (seen is None) == (grad is None)
         assert grad is None or torch.equal(seen, grad)
-
-
-class Loss(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        return self.model(**inputs).loss
 
 
 def test_one_part_a_layer_and_packed_states_between() -> None:

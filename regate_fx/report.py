@@ -108,6 +108,7 @@ class Report:
     batch:     the call that the FLOPs are for: the last one, or the one given to `explain`.
     before:    cost of what is computed before the layers or beside them; `head`: of what follows them.
     uncounted: products left out of the FLOPs because their size depends on data.
+    fused_loss: the head and the losses are computed by chunks of rows, without logits of all active ones.
     expected:  in a report from `explain`, what it assumes of training.
     fallback:  calls with a token mask run the untouched model (`strict=False`).
     validation: what the first call that could train was compared with, or why it was not; empty before it.
@@ -122,6 +123,7 @@ class Report:
     before: Cost = NO_COST
     head: Cost = NO_COST
     uncounted: int = 0
+    fused_loss: bool = False
     expected: Expectation | None = None
     fallback: bool = False
     validation: str = ""
@@ -156,6 +158,7 @@ class Report:
             "before": asdict(self.before),
             "layers": [asdict(layer) for layer in self.layers],
             "head": asdict(self.head),
+            "fused_loss": self.fused_loss,
             "refusals": [str(refusal) for refusal in self.refusals],
             "fallback": self.fallback,
             "validation": self.validation,
@@ -240,6 +243,8 @@ def _lines(report: Report) -> Iterator[str]:
         yield str(refusal)
     if report.fallback:
         yield "Calls with a token mask run the untouched model (strict=False)."
+    if report.fused_loss:
+        yield "Head and losses are computed by chunks of rows: the logits of all active rows never exist."
     yield from _share_lines(report)
     if report.uncounted:
         yield f"{report.uncounted} products whose size depends on data are not counted."

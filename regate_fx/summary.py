@@ -95,6 +95,7 @@ def _add(report: Report, run: PipelineRun, costs: GraphCosts) -> None:
         report.before += outside
         report.head += costs.of(len(stack.layers))
     report.uncounted += costs.uncounted
+    report.fused_loss |= bool(run.rewrites.get("fuse_head_loss"))
     for layer in stack.layers:
         report.layers.append(_layer(layer, len(report.layers), run, costs))
 

@@ -107,6 +107,8 @@ def test_a_fused_step_is_the_same_step(backend: str, scope: str) -> None:
     torch.testing.assert_close(seen[2].token_loss, wanted[2].token_loss)
     assert seen[2].counted.equal(wanted[2].counted)
     assert_is_key_masked(fused, model, inputs, active)
+    assert "by chunks of rows" in str(fused.report) and fused.report.to_dict()["fused_loss"]
+    assert "by chunks of rows" not in str(plain.report)
 
 
 def test_autocast_rounds_as_it_does_for_a_linear_layer() -> None:

@@ -130,13 +130,18 @@ class Axes:
         return any(has_token(dim) for dim in self.dims)
 
     def with_dims(self, dims: Sequence[Dim]) -> Axes:
-        """The same values over other dims. Row numbers keep their meaning where only dims of one came or went."""
+        """The axes of what an operator makes of these values. Of row numbers it makes what is no longer followed."""
         new = tuple(canonical(dim) for dim in dims)
-        if self.meaning not in NUMBERING:
-            return replace(self, dims=new, meaning=None, key="", along=())
-        if [dim for dim in new if dim] == [dim for dim in self.dims if dim]:
+        meaning = Meaning.UNFOLLOWED if self.meaning in NUMBERING else None
+        return replace(self, dims=new, meaning=meaning, key="", along=())
+
+    def viewed(self, dims: Sequence[Dim]) -> Axes:
+        """The same values, in their order, over other dims: row numbers stay known where dims of one come or go."""
+        new = tuple(canonical(dim) for dim in dims)
+        is_numbering = self.meaning in NUMBERING
+        if is_numbering and [dim for dim in new if dim] == [dim for dim in self.dims if dim]:
             return replace(self, dims=new)
-        return replace(self, dims=new, meaning=Meaning.UNFOLLOWED, key="", along=())
+        return self.with_dims(new)
 
 
 NO_AXES = Axes(())
@@ -268,6 +273,8 @@ class TokenSymbols:
             return ()
         if expr.is_Integer:
             return (int(expr),)
+        if not self.counts.isdisjoint(expr.free_symbols):
+            raise Refused("axis", f"a dimension is as long as tokens were picked ({expr})")
         try:
             return self.once(TokenSymbols._factors, expr)
         except Refused:

@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import NO_AXES, REORDERED, Axes, Cut, Meaning, Token, TokenSymbols, size_expr
+from regate_fx.passes.axes import (
+    NO_AXES,
+    NUMBERING,
+    REORDERED,
+    Axes,
+    Cut,
+    Meaning,
+    Token,
+    TokenSymbols,
+    size_expr,
+)
 from regate_fx.passes.base import (
     SCALARS_OF_TENSORS,
     PassContext,
@@ -111,6 +121,8 @@ class Rewriter:
         held = self._values[node].layouts
         axes = self.analysis.axes.get(node, NO_AXES) if fake(node) is not None else NO_AXES
         if not isinstance(axes, Axes) or not axes.has_tokens:
+            if isinstance(axes, Axes) and axes.meaning in (Meaning.COUNTS, Meaning.OFFSETS):
+                self._check_counted(node, layout)
             return held.get(layout) or next(iter(held.values()))
         if layout in held:
             return held[layout]
@@ -129,7 +141,8 @@ class Rewriter:
         if kind is Kind.CONSTANT and layout is not Layout.DENSE:
             with self.emit.like(node):
                 return self._reinstantiate(node, layout)
-        if layout is not Layout.DENSE and any(isinstance(factor, REORDERED) for factor in axes.factors):
+        is_numbered = axes.meaning in NUMBERING or any(isinstance(f, REORDERED) for f in axes.factors)
+        if layout is not Layout.DENSE and is_numbered:
             return self._made_of(node, layout)
         if layout is Layout.PACKED and any(isinstance(factor, Cut) for factor in axes.factors):
             with self.emit.like(node):
@@ -150,8 +163,15 @@ class Rewriter:
         shown = self.layouts.rearrange(self.value(base, Layout.DENSE), self.analysis.of(base), axes)
         return self.layouts.scatter(self.value(node, Layout.PACKED), axes, shown)
 
+    def _check_counted(self, counts: fx.Node, layout: Layout) -> None:
+        """Rows counted in one layout are no others' number."""
+        if (layout is Layout.DENSE) is not (Layout.DENSE in self._values[counts].layouts):
+            raise Refused("layout", "rows are counted at other positions than they are grouped at", counts)
+
     def _made_of(self, node: fx.Node, layout: Layout) -> fx.Node:
         """Rows picked or sorted at every position, in a layout of fewer: picked or sorted anew among those."""
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise Refused("layout", f"{operator_name(node)} among picked rows would draw anew", node)
         if operator_name(node) == "getitem":
             held = self._values[node.args[0]].layouts
             if layout not in held:
@@ -201,6 +221,8 @@ class Rewriter:
     def _number(self, node: fx.Node, layout: Layout) -> fx.Node:
         """Read again, even if the capture learned its value from an assert: that assert is to be checked."""
         if node.target in SCALARS_OF_TENSORS:
+            if self.analysis.of(node.args[0]).aggregate:
+                self._check_counted(node.args[0], layout)
             return self.emit.call(node.target, self.value(node.args[0], Layout.DENSE))
         return self.emit.call(
             node.target, *fx.map_arg(node.args, lambda argument: self.symint(argument, layout))
@@ -296,8 +318,8 @@ class Rewriter:
                 return self._reinstantiate(argument, layout)  # row numbers, not values
             if is_tensors(fake(argument)):
                 return self.value(argument, layout, consumer)
-            is_value = layout is not Layout.DENSE and not is_size
-            if is_value and is_token_number(fake(argument), self.symbols):
+            is_active = layout is not Layout.DENSE or self._reads_packed(argument)
+            if is_active and not is_size and is_token_number(fake(argument), self.symbols):
                 counted = "the batch or sequence size"
                 if not self.symbols.mentions(scalar_expr(fake(argument))):
                     counted = "how many tokens were picked"

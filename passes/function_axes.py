@@ -20,7 +20,7 @@ from regate_fx.passes.scalars import computes_with_sizes
 if TYPE_CHECKING:
     from regate_fx.passes.token_axes import TokenAxes
 
-Analyse = Callable[[fx.GraphModule, Sequence[Axes]], "TokenAxes"]
+Analyse = Callable[[fx.GraphModule, Sequence[Axes], str], "TokenAxes"]
 
 
 # What is zero where an operand is: the first one, any of them, or all of them.
@@ -77,7 +77,7 @@ def _follow(
     recorded, written = functional_trace(body, values)
     if written:
         raise op.refuse("function", "writes to its inputs")
-    analysis = analyse(recorded, known)
+    analysis = analyse(recorded, known, f"{op.node.name}.{'backward' if gradients else 'forward'}")
     vanishing = _vanishing(recorded, gradients)
     for node in recorded.graph.nodes:
         if node.op == "call_function" and (reason := _why_not(node, analysis, vanishing)) is not None:

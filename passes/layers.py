@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -28,6 +28,7 @@ from regate_fx.passes.base import (
     operator_name,
 )
 from regate_fx.passes.rules import Kind
+from regate_fx.passes.scalars import is_count
 from regate_fx.passes.token_axes import TokenAxes
 
 
@@ -105,14 +106,19 @@ class FindLayers:
 def _content(gm: fx.GraphModule, analysis: TokenAxes) -> set[fx.Node]:
     """Everything computed from token embeddings (positions, masks and tables of positions are not)."""
     content: set[fx.Node] = set()
+    counts: set[fx.Node] = set()  # how many rows the content picks
     given: set[fx.Node] = set()  # what depends on inputs over positions
     for node in gm.graph.nodes:
+        from_content = any(n in content or n in counts for n in node.all_input_nodes)
         if not is_tensors(fake(node)):
-            continue  # a size of a token tensor is a size, not content
+            # A size of a token tensor is a size, not content.
+            if from_content and is_count(fake(node), analysis.symbols):
+                counts.add(node)
+            continue
         if _is_given(node, analysis) or any(n in given for n in node.all_input_nodes):
             given.add(node)
         is_source = node in given and _is_source(node, analysis)
-        if is_source or any(n in content for n in node.all_input_nodes):
+        if is_source or from_content:
             content.add(node)
     return content
 
@@ -146,9 +152,10 @@ def _refuse_numbers(content: set[fx.Node], analysis: TokenAxes) -> None:
 def _only_groups_rows(number: fx.Node, analysis: TokenAxes) -> bool:
     for user in number.users:
         if is_tensors(fake(user)):
-            parts = analysis.axes.get(user)
-            groups = parts if isinstance(parts, tuple) and user not in analysis.unproven else ()
-            if not any(isinstance(factor, Group) for axes in groups for factor in axes.factors):
+            if operator_name(user) != "aten.split_with_sizes" or user in analysis.unproven:
+                return False
+            parts = analysis.axes[user]
+            if not isinstance(parts, tuple) or not any(isinstance(f, Group) for f in parts[0].factors):
                 return False
         elif not _only_groups_rows(user, analysis):
             return False
@@ -212,7 +219,7 @@ def _residual_stream(
     dominator: dict[fx.Node, fx.Node | None] = {}
     depth: dict[fx.Node | None, int] = {None: 0}
     for node in sorted(reaching & related, key=order.__getitem__):
-        sources = [source for source in node.all_input_nodes if source in reaching and source in related]
+        sources = [source for source in _tensors(node) if source in reaching and source in related]
         parent: fx.Node | None = sources[0] if sources else None
         for source in sources[1:]:
             parent = _common(parent, source, dominator, depth)
@@ -264,6 +271,15 @@ def _sink(last: fx.Node, content: set[fx.Node], order: dict[fx.Node, int], analy
     return states[-1] if states else last
 
 
+def _tensors(node: fx.Node) -> Iterator[fx.Node]:
+    """The tensors that a node is computed from, those whose sizes alone it takes included."""
+    for source in node.all_input_nodes:
+        if is_tensors(fake(source)):
+            yield source
+        else:
+            yield from _tensors(source)
+
+
 def _ancestors(node: fx.Node) -> set[fx.Node]:
     return _closure(node.all_input_nodes, lambda n: n.all_input_nodes)
 
@@ -290,7 +306,7 @@ class _Behind:
         self.place = {vertex: index for index, vertex in enumerate(stream)}
         self._count: dict[fx.Node, int] = {}
         for node in sorted(content, key=order.__getitem__):
-            self._count[node] = max((self._through(source) for source in node.all_input_nodes), default=0)
+            self._count[node] = max(map(self._through, _tensors(node)), default=0)
 
     def _through(self, source: fx.Node) -> int:
         if source in self.place:

@@ -23,20 +23,31 @@ _CONDITIONS = {
 
 
 def row_key(node: fx.Node) -> str:
-    """The name of a node's values, the same for nodes that are computed alike of the same ones."""
-    name = operator_name(node)
-    if name in _SAME or (name == "aten.slice" and _takes_all(node)):
-        return row_key(node.args[0])
-    if name == "aten._to_copy" and _is_whole(node) and _is_whole(node.args[0]):
-        return row_key(node.args[0])
-    if name not in _CONDITIONS:
+    """The name of a node's values in their order, whatever its shape: that decides only what meets what later."""
+    while _hands_on(node) or _widens(node):
+        (node, *_) = node.all_input_nodes
+    return _computed(node)
+
+
+def _computed(node: fx.Node) -> str:
+    """The same for nodes that are computed alike, shapes included: in an operand they decide which entries meet."""
+    if not _hands_on(node) and operator_name(node) not in _CONDITIONS:
         return node.name
     named = [_named(argument) for argument in (*node.args, *node.kwargs.items())]
-    return f"{node.target}({', '.join(named)})"
+    return f"{node.target}{list(fake(node).shape)}({', '.join(named)})"
 
 
 def _named(argument: object) -> str:
-    return row_key(argument) if isinstance(argument, fx.Node) else repr(argument)
+    if isinstance(argument, fx.Node):
+        return _computed(argument) if isinstance(fake(argument), torch.Tensor) else argument.name
+    return repr(argument)
+
+
+def _hands_on(node: fx.Node) -> bool:
+    name = operator_name(node)
+    if name == "aten.slice":
+        return _takes_all(node)
+    return name in _SAME and node.target is not torch.ops.aten.view.dtype
 
 
 def _takes_all(node: fx.Node) -> bool:
@@ -46,9 +57,10 @@ def _takes_all(node: fx.Node) -> bool:
     return start in (0, None) and end in (None, 2**63 - 1) and step == 1
 
 
-def _is_whole(node: object) -> bool:
-    """Whether a node's values are whole numbers, which casts between their dtypes leave as they are."""
-    value = fake(node) if isinstance(node, fx.Node) else None
-    if not isinstance(value, torch.Tensor):
+def _widens(node: fx.Node) -> bool:
+    """A cast between whole numbers to a dtype that has them all."""
+    if operator_name(node) != "aten._to_copy":
         return False
-    return not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+    before, after = fake(node.all_input_nodes[0]).dtype, fake(node).dtype
+    whole = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    return before in whole and after in whole[2:] and torch.iinfo(before).bits <= torch.iinfo(after).bits

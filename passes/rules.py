@@ -16,6 +16,7 @@ from torch import fx
 
 from regate_fx.passes.axes import NO_AXES, Axes, TokenSymbols, merge
 from regate_fx.passes.base import Refused, fake, operator_name
+from regate_fx.passes.row_keys import row_key
 
 Result = Axes | tuple[Axes, ...]
 
@@ -55,7 +56,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators, named as `operator_name` names them."""
+    """Register a rule for operators, named as `operator_name` names them, or for one overload: `aten.where.default`."""
 
     def register(function: Rule) -> Rule:
         for name in names:
@@ -69,8 +70,11 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 class Operands:
     """One node as its rule sees it: arguments by schema name, and the axes of tensor arguments."""
 
-    def __init__(self, node: fx.Node, axes: dict[fx.Node, Result], symbols: TokenSymbols) -> None:
+    def __init__(
+        self, node: fx.Node, axes: dict[fx.Node, Result], symbols: TokenSymbols, within: str = ""
+    ) -> None:
         self.node = node
+        self._within = within
         self.symbols = symbols
         self._axes = axes
         self._arguments = _bind(node)
@@ -99,6 +103,10 @@ class Operands:
     def shape(self) -> torch.Size:
         """Shape of the node's own value."""
         return fake(self.node).shape
+
+    def key(self, node: fx.Node) -> str:
+        """`row_key` of a node; names of nodes are those of one graph, which may be a body within another."""
+        return self._within + row_key(node)
 
     def dim(self, value: int, of: Axes) -> int:
         return value % max(len(of), 1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from regate_fx.passes.axes import (
@@ -29,9 +30,7 @@ from regate_fx.passes.axes import (
     token_factors,
 )
 from regate_fx.passes.base import SCALARS_OF_TENSORS, fake, operator_name
-from regate_fx.passes.row_keys import row_key
 from regate_fx.passes.rules import Operands, Verdict, kind_of, rowwise, rule
-from regate_fx.passes.rules_math import elementwise
 from regate_fx.passes.rules_shape import join, split
 
 
@@ -40,9 +39,9 @@ def _nonzero(op: Operands) -> Verdict:
     return _places_of(op, op["self"])
 
 
-@rule("aten.where")
+@rule("aten.where.default")
 def _where(op: Operands) -> Verdict:
-    return elementwise(op) if "self" in op._arguments else _places_of(op, op["condition"])
+    return _places_of(op, op["condition"])
 
 
 def _places_of(op: Operands, condition: fx.Node) -> Verdict:
@@ -75,7 +74,7 @@ def picked_rows(op: Operands, condition: fx.Node, size: Any) -> Picked:
     wanted = [Token.S] if op.symbols.batch == 1 else [Token.B, Token.S]
     if tokens != wanted or not all(isinstance(factor, (Token, int)) for factor in axes.factors):
         raise op.refuse("mixes-tokens", "picks entries by a condition that is not over single token rows")
-    return Picked(canonical(axes.factors), row_key(condition), note_counts(op.symbols, size))
+    return Picked(canonical(axes.factors), op.key(condition), note_counts(op.symbols, size))
 
 
 @rule("aten.sort", "aten.argsort")
@@ -86,10 +85,14 @@ def _sort(op: Operands) -> Verdict:
     if not has_token(axes.dims[dim]):
         plain = axes.with_dims(axes.dims)
         return Verdict((plain, plain) if several else plain, kind_of(plain))
-    if len(axes) != 1 or fake(op["self"]).is_floating_point() or axes.meaning is not None:
+    if axes.meaning is Meaning.PERMUTATION and len(axes) == 1 and not several and not op["descending"]:
+        (factor,) = axes.dims[0]
+        assert isinstance(factor, Sorted)
+        return Verdict(Axes((factor.of,), Meaning.INVERSE, axes.key))
+    if len(axes) != 1 or fake(op["self"]).is_floating_point() or axes.meaning not in (None, Meaning.ONE_HOT):
         raise op.refuse("mixes-tokens", "sorts along token positions")
     # Counts go by rising ids: no groups of rows that are sorted the other way round.
-    key = row_key(op["self"]) + (" descending" if op["descending"] else "")
+    key = op.key(op["self"]) + (" descending" if op["descending"] else "")
     order = ((Sorted(axes.dims[0], key),),)
     values, indices = Axes(order, Meaning.SORTED_IDS, key), Axes(order, Meaning.PERMUTATION, key)
     return Verdict((values, indices) if several else indices)
@@ -170,9 +173,11 @@ def _counts(op: Operands) -> Verdict:
     if axes.meaning in NUMBERING:
         raise op.refuse("row-numbers", "counts row numbers")
     counted = Axes(((fake(op.node).shape[0],),), aggregate=True)
+    if op._arguments.get("weights") is not None:
+        return Verdict(counted)
     if "bins" in op._arguments and (op["min"], op["max"]) != (0, op["bins"] - 1):
         return Verdict(counted)  # of ranges, not of single ids
-    key = axes.key if axes.meaning is Meaning.SORTED_IDS else row_key(op["self"])
+    key = axes.key if axes.meaning is Meaning.SORTED_IDS else op.key(op["self"])
     return Verdict(replace(counted, meaning=Meaning.COUNTS, key=key))
 
 
@@ -191,9 +196,19 @@ def _grouped(op: Operands) -> Verdict:
 
 @rule("aten._to_copy", "aten.clone", "aten.to", "aten.contiguous", "aten.alias", "aten.detach")
 def _same_values(op: Operands) -> Verdict:
-    """A cast or a copy keeps what is known of the values."""
+    """A copy keeps what is known of the values, and a cast to a dtype that has them."""
     axes = op.axes("self")
+    if not _holds(fake(op.node).dtype, fake(op["self"]).dtype, axes.meaning):
+        axes = axes.with_dims(axes.dims)
     return Verdict(axes, kind_of(axes))
+
+
+def _holds(dtype: torch.dtype, before: torch.dtype, meaning: Meaning | None) -> bool:
+    """Whether values of a meaning stay what they are in another dtype: numbers of rows and ids are below 2^31."""
+    return dtype == before or meaning is Meaning.ONE_HOT or dtype in _EXACT
+
+
+_EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
 @rule("aten.cumsum")

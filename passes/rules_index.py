@@ -23,7 +23,6 @@ from regate_fx.passes.axes import (
     token_factors,
 )
 from regate_fx.passes.base import fake, operator_name
-from regate_fx.passes.row_keys import row_key
 from regate_fx.passes.rules import Operands, Verdict, kind_of, rule
 from regate_fx.passes.rules_dispatch import picked_rows
 
@@ -172,7 +171,7 @@ def _are_picked_by(dim: Dim, condition: fx.Node, op: Operands) -> bool:
     """Whether a dimension holds the very rows that a condition holds for."""
     if len(dim) != 1 or not isinstance(factor := dim[0], Picked):
         return False
-    return factor.of == canonical(op.axes(condition).factors) and factor.key == row_key(condition)
+    return factor.of == canonical(op.axes(condition).factors) and factor.key == op.key(condition)
 
 
 def _written(

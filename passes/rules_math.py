@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from regate_fx.passes.axes import Axes, Dim, Meaning, Token, has_token, merge
 from regate_fx.passes.base import fake, operator_name
-from regate_fx.passes.row_keys import row_key
 from regate_fx.passes.rules import Kind, Operands, Verdict, kind_of, kind_of_product, rowwise, rule
 from regate_fx.passes.rules_shape import feature_size, shape_without
 
@@ -20,7 +21,7 @@ from regate_fx.passes.rules_shape import feature_size, shape_without
     "aten.square", "aten.float_power", "aten.true_divide", "aten.multiply", "aten.subtract", "aten.divide",
     "aten.greater", "aten.greater_equal", "aten.less", "aten.less_equal", "aten.not_equal", "aten.clip",
     "aten.isfinite", "aten.absolute", "aten.negative", "aten.softplus", "aten.mish", "aten.hardtanh",
-    "aten.rsub", "aten.polar", "aten.complex", "aten.exponential", "aten.uniform",
+    "aten.rsub", "aten.where", "aten.polar", "aten.complex", "aten.exponential", "aten.uniform",
     "aten.normal_functional", "aten.bernoulli", "aten.cauchy", "aten.geometric", "aten.log_normal",
 )  # fmt: skip
 def elementwise(op: Operands) -> Verdict:
@@ -93,7 +94,9 @@ def _reduce(op: Operands) -> Verdict:
 
 
 def _is_sum(op: Operands) -> bool:
-    return operator_name(op.node) == "aten.sum" and not op._arguments.get("keepdim", False)
+    """A sum that counts ones exactly."""
+    is_sum = operator_name(op.node) == "aten.sum" and not op._arguments.get("keepdim", False)
+    return is_sum and fake(op.node).dtype in (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
 @rule("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax")
@@ -148,7 +151,7 @@ def _along_dim(op: Operands) -> Verdict:
     size = op.symbols.dim_of_size(op.shape[dim])
     result = merged.axes.with_dims([*merged.axes.dims[:dim], size, *merged.axes.dims[dim + 1 :]])
     if dim == len(result) - 1 and _writes_ones(op):
-        result = replace(result, meaning=Meaning.ONE_HOT, key=row_key(op["index"]))
+        result = replace(result, meaning=Meaning.ONE_HOT, key=op.key(op["index"]))
     return Verdict(result, merged.kind)
 
 
@@ -173,7 +176,7 @@ def _one_hot(op: Operands) -> Verdict:
     axes = op.axes("self")
     result = axes.with_dims([*axes.dims, op.symbols.dim_of_size(op.shape[-1])])
     if result.meaning is None:
-        result = replace(result, meaning=Meaning.ONE_HOT, key=row_key(op["self"]))
+        result = replace(result, meaning=Meaning.ONE_HOT, key=op.key(op["self"]))
     return Verdict(result)
 
 

@@ -16,7 +16,7 @@ from regate_fx.passes.rules import Kind, Operands, Verdict, kind_of, rowwise, ru
 
 def _view(op: Operands, of: str = "self") -> Verdict:
     axes = op.axes(of)
-    result = axes.with_dims(reshape(axes.dims, op.shape, op.symbols))
+    result = axes.viewed(reshape(axes.dims, op.shape, op.symbols))
     return Verdict(result, kind_of(result))
 
 
@@ -24,6 +24,19 @@ rule(
     "aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze",
     "aten.unsqueeze", "aten.view_as", "aten.reshape_as",
 )(_view)  # fmt: skip
+
+
+@rule("aten.view.dtype")
+def _view_dtype(op: Operands) -> Verdict:
+    """The same bits as other numbers."""
+    axes = op.axes("self")
+    is_as_wide = fake(op.node).dtype.itemsize == fake(op["self"]).dtype.itemsize
+    result = axes.with_dims(axes.dims)
+    if not is_as_wide and has_token(axes.dims[-1]):
+        raise op.refuse("cuts-tokens", "takes the numbers of a token axis for others")
+    if not is_as_wide:
+        result = axes.with_dims([*axes.dims[:-1], feature_size(op, op.shape[-1])])
+    return Verdict(result, kind_of(result))
 
 
 @rule("aten.view_as_complex")
@@ -43,9 +56,10 @@ def _view_as_real(op: Operands) -> Verdict:
 @rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
 def _expand(op: Operands) -> Verdict:
     axes = op.axes("self")
-    target = op.symbols.axes_of_shape(op.shape)
-    padded = [()] * (len(target) - len(axes)) + list(axes.dims)
-    dims = [old if old != () else new for old, new in zip(padded, target.dims, strict=True)]
+    padded = [()] * (len(op.shape) - len(axes)) + list(axes.dims)
+    dims = [
+        old if old != () else op.symbols.dim_of_size(size) for old, size in zip(padded, op.shape, strict=True)
+    ]
     result = axes.with_dims(dims)
     return Verdict(result, kind_of(result))
 

@@ -38,10 +38,12 @@ def size_arguments(node: fx.Node) -> set[int] | None:
 
 def is_token_number(value: Any, symbols: TokenSymbols) -> bool:
     """Whether a fake value is a number that depends on the batch or sequence size, or on how many tokens are picked."""
-    if not isinstance(value, SCALARS):
-        return False
-    expr = scalar_expr(value)
-    return symbols.mentions(expr) or not symbols.counts.isdisjoint(expr.free_symbols)
+    return isinstance(value, SCALARS) and (symbols.mentions(scalar_expr(value)) or is_count(value, symbols))
+
+
+def is_count(value: Any, symbols: TokenSymbols) -> bool:
+    """Whether a fake value is a number that depends on how many tokens are picked."""
+    return isinstance(value, SCALARS) and not symbols.counts.isdisjoint(scalar_expr(value).free_symbols)
 
 
 def computes_with_sizes(node: fx.Node, symbols: TokenSymbols) -> bool:

@@ -35,9 +35,13 @@ from regate_fx.passes.rules_math import elementwise
 
 @dataclass
 class TokenAxes:
-    """The analysis of one graph: axes and kind of every proven node, the refusal of every other."""
+    """The analysis of one graph: axes and kind of every proven node, the refusal of every other.
+
+    within: of which node of which graph this graph is a body; empty for the whole.
+    """
 
     symbols: TokenSymbols
+    within: str = ""
     axes: dict[fx.Node, Result] = field(default_factory=dict)
     kinds: dict[fx.Node, Kind] = field(default_factory=dict)
     unproven: dict[fx.Node, Refused] = field(default_factory=dict)
@@ -108,9 +112,9 @@ def _axes_by_size(value: object, symbols: TokenSymbols) -> Result:
     )
 
 
-def _analyse_body(gm: fx.GraphModule, known: Sequence[Axes], symbols: TokenSymbols) -> TokenAxes:
+def _analyse_body(gm: fx.GraphModule, known: Sequence[Axes], name: str, around: TokenAxes) -> TokenAxes:
     """The analysis of a graph within the graph, whose placeholders have known axes."""
-    analysis = TokenAxes(symbols)
+    analysis = TokenAxes(around.symbols, f"{around.within}{name}.")
     analysis.axes.update(zip(gm.graph.find_nodes(op="placeholder"), known, strict=True))
     for node in gm.graph.nodes:
         if node.op != "placeholder":
@@ -124,14 +128,14 @@ def _verdict(node: fx.Node, analysis: TokenAxes) -> Verdict:
     for source in node.all_input_nodes:
         if source in analysis.unproven and source not in analysis.axes:
             raise Refused("axis", f"the axes of {source.name} are not known", node)
-    operands = Operands(node, analysis.axes, analysis.symbols)
+    operands = Operands(node, analysis.axes, analysis.symbols, analysis.within)
     name = operator_name(node)
     if node.target is FUNCTION_APPLY:
-        return function_verdict(operands, functools.partial(_analyse_body, symbols=analysis.symbols))
+        return function_verdict(operands, functools.partial(_analyse_body, around=analysis))
     tokens = [source for source in operands.tensors() if analysis.of(source).has_tokens]
     if any(_has_cut(analysis.of(source)) for source in tokens):
         return _on_cut(operands, name)
-    registered = RULES.get(name)
+    registered = RULES.get(f"{name}.{getattr(node.target, '_overloadname', '')}", RULES.get(name))
     if registered is not None:
         return registered(operands)
     if not tokens and name != "getitem":
@@ -164,7 +168,7 @@ def _contain_aggregates(node: fx.Node, verdict: Verdict, analysis: TokenAxes) ->
 
 def _follow_numbers(node: fx.Node, verdict: Verdict, analysis: TokenAxes) -> None:
     """Numbers of rows must stay known as such, or pick rows: as values they would be others in another layout."""
-    if verdict.reads_numbers or all(axes.meaning is not None for axes in parts_of(verdict.axes)):
+    if verdict.reads_numbers or all(axes.meaning in NUMBERING for axes in parts_of(verdict.axes)):
         return
     if any(_meaning(analysis.axes.get(source)) in NUMBERING for source in node.all_input_nodes):
         raise Refused(

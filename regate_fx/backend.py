@@ -161,7 +161,7 @@ class GatingBackend:
         except (Refused, PassFailed) as error:
             if unknown is None:
                 raise
-            if isinstance(error, Refused) and error.code in ("number", "size-as-value"):
+            if isinstance(error, Refused) and error.code in ("number", "size-as-value", "layout"):
                 raise Refused("number", error.reason, error.node) from error
             raise Refused("number", "a size is read from data", unknown) from error
         if unknown is not None:

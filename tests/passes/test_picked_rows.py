@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutput
 
+from regate_fx.errors import NotGateable
+
 E, K = 4, 2
 
 
@@ -209,7 +211,29 @@ def typed_by_order(b: Block, x: Tensor, is_typed: Any) -> Tensor:
     return result.view(x.shape)
 
 
-TYPED: tuple[Extra, ...] = (typed_by_condition, typed_by_place, typed_by_number, typed_by_order)
+def typed_in_groups(b: Block, x: Tensor, is_typed: Any) -> Tensor:
+    tokens, ids = x.reshape(-1, D), is_typed.flatten().long()
+    sizes = F.one_hot(ids, 2).sum(0).tolist()
+    order = ids.argsort()
+    groups = [expert(b, index, group) for index, group in enumerate(tokens[order].split(sizes))]
+    return torch.zeros_like(tokens).index_add(0, order, torch.cat(groups)).view(x.shape)
+
+
+def typed_by_inverse(b: Block, x: Tensor, is_typed: Any) -> Tensor:
+    order = is_typed.flatten().long().argsort()
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.shape[0])
+    return expert(b, 0, x.reshape(-1, D)[order])[inverse].view(x.shape)
+
+
+def typed_by_argsort_of_order(b: Block, x: Tensor, is_typed: Any) -> Tensor:
+    order = is_typed.flatten().long().argsort()
+    return expert(b, 0, x.reshape(-1, D)[order])[order.argsort()].view(x.shape)
+
+
+TYPED: tuple[Extra, ...] = (
+    typed_by_condition, typed_by_place, typed_by_number, typed_by_order, typed_by_argsort_of_order,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("extra", TYPED, ids=lambda extra: extra.__name__)
@@ -222,6 +246,27 @@ def test_rows_picked_by_what_is_no_state_are_picked_anew_among_the_active(extra:
     assert_is_key_masked(gated, model, inputs, active)
     assert_all_active_is_eager(gated, model, inputs)
     assert {layer.kind for layer in gated.report.layers} == {"varlen"}
+
+
+@pytest.mark.parametrize("extra", [typed_in_groups, typed_by_inverse], ids=lambda extra: extra.__name__)
+@pytest.mark.parametrize("B", [3, 1])
+def test_what_is_counted_or_numbered_at_every_position_is_right_or_refused(extra: Extra, B: int) -> None:
+    torch.manual_seed(0)
+    model = TypedDecoder([TypedBlock(extra)])
+    wanted = {
+        "typed_in_groups": "counted at other positions",
+        "typed_by_inverse": "of unknown meaning" * (B == 1),
+    }
+    assert re.search(wanted[extra.__name__], refused_or_right(model, B))
+
+
+def refused_or_right(model: Decoder, B: int) -> str:
+    """Why a call is refused; nothing where it is right."""
+    try:
+        assert_is_key_masked(gate(model), model, batch(B), some_active(B))
+    except NotGateable as refused:
+        return str(refused)
+    return ""
 
 
 def test_picked_rows_are_picked_again_where_a_layer_is_recomputed() -> None:
@@ -349,7 +394,174 @@ def group_sizes_as_values(b: Block, x: Tensor, m: Any) -> Tensor:
     return torch.zeros_like(tokens).index_add(0, order, computed).view(x.shape)
 
 
+def put(tokens: Tensor, rows: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    return torch.zeros_like(tokens).index_add(0, rows, values).view(x.shape)
+
+
+def reordered(tokens: Tensor, ids: Tensor, others: Tensor, x: Tensor) -> Tensor:
+    """Rows sorted by some ids, put back where they would belong if they had been sorted by others."""
+    times = ids.numel() // tokens.shape[0] if ids.dim() > 1 else 1
+    repeated = tokens.repeat_interleave(times, 0)
+    result = torch.empty_like(repeated)
+    result[others.flatten().argsort()] = repeated[ids.flatten().argsort()]
+    return result.view(-1, times, D).sum(1).view(x.shape)
+
+
+def count_in_a_scale(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens, rows = _picked(x)
+    return put(tokens, rows, tokens[rows] * (b.scale / (rows.shape[0] + 1)), x)
+
+
+def count_in_a_table(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens, rows = _picked(x)
+    return put(tokens, rows, tokens[rows] * b.table[rows.shape[0]], x)
+
+
+def count_by_a_sum(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens, rows = _picked(x)
+    return put(tokens, rows, tokens[rows] / (torch.ones(rows.shape[0]).sum() + 1), x)
+
+
+def count_by_a_product(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens, rows = _picked(x)
+    M = rows.shape[0]
+    return put(tokens, rows, tokens[rows] * (torch.ones(1, M) @ torch.ones(M, 1)), x)
+
+
+def count_by_a_broadcast(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens, rows = _picked(x)
+    return put(tokens, rows, tokens[rows] * b.scale[:1].expand(rows.shape[0]).sum(), x)
+
+
+def count_of_features(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens, rows = _picked(x)
+    return (tokens * (tokens @ b.table.T)[:, : rows.shape[0]].sum(-1, keepdim=True)).view(x.shape)
+
+
+def sizes_of_features(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens, _, chosen = routed(b, x)
+    sizes = F.one_hot(chosen[:, 0], E).sum(0).tolist()
+    order = chosen[:, 0].argsort()
+    computed = [
+        group * (group @ b.table.T).split([size, 64 - size], 1)[0].sum(1, keepdim=True)
+        for group, size in zip(tokens[order].split(sizes), sizes)  # noqa: B905
+    ]
+    return put(tokens, order, torch.cat(computed), x)
+
+
+def numbers_one_hot(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens, rows = _picked(x)
+    wide = tokens[rows] @ b.table.T
+    ones = torch.zeros_like(wide).scatter(1, rows[:, None], 1.0)
+    return put(tokens, rows, tokens[rows] * (ones @ b.table), x)
+
+
+def order_one_hot(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens, _, chosen = routed(b, x)
+    order = chosen[:, 0].argsort()
+    wide = tokens[order] @ b.table.T
+    ones = torch.zeros_like(wide).scatter(1, order[:, None], 1.0)
+    return put(tokens, order, tokens[order] * (ones @ b.table), x)
+
+
+def numbers_as_bools(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens, rows = _picked(x)
+    return put(tokens, rows, tokens[rows.bool().long()], x)
+
+
+def numbers_in_a_softmax(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens, rows = _picked(x)
+    return put(tokens, rows, tokens[rows[:, None].float().softmax(-1).squeeze(-1).long()], x)
+
+
+def numbers_projected(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens, rows = _picked(x)
+    half = F.linear(rows[:, None].float(), torch.full((1, 1), 0.5)).squeeze(-1).long()
+    return put(tokens, rows, tokens[half], x)
+
+
+def numbers_of_the_largest(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens, rows = _picked(x)
+    return put(tokens, rows, tokens[rows[:, None].argmax(-1)], x)
+
+
+def other_view_selected(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens = x.reshape(-1, D)
+    ids = (tokens[:, :4] * 3).long()
+    first, second = ids.view(-1, 2, 2).select(2, 0), ids.view(-1, 1, 2, 2).select(2, 0)
+    return reordered(tokens, first, second.reshape(-1, 2), x)
+
+
+def other_broadcast(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens = x.reshape(-1, D)
+    pairs, limits = tokens[:, :4].reshape(-1, 2, 2), b.scale[:2]
+    return reordered(tokens, (pairs > limits.view(2, 1)).long(), (pairs > limits.view(1, 2)).long(), x)
+
+
+def narrowed_ids(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens, _, chosen = routed(b, x)
+    ids = chosen[:, 0] * 100
+    return reordered(tokens, ids, ids.to(torch.int8), x)
+
+
+def ids_as_other_bits(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens, _, chosen = routed(b, x)
+    ids = (chosen[:, 0] - 2).to(torch.int8)
+    return reordered(tokens, ids, ids.view(torch.uint8), x)
+
+
+class Sort(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, ids: Tensor) -> Tensor:
+        order = ids.argsort()
+        ctx.save_for_backward(order)
+        return tokens[order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        result = torch.empty_like(grad)
+        result[ctx.saved_tensors[0]] = grad
+        return result, None
+
+
+class PutBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ids: Tensor) -> Tensor:
+        order = ids.argsort()
+        ctx.save_for_backward(order)
+        result = torch.empty_like(rows)
+        result[order] = rows
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad[ctx.saved_tensors[0]], None
+
+
+def functions_of_other_ids(b: Block, x: Tensor, m: Any) -> Tensor:
+    tokens, _, chosen = routed(b, x)
+    return PutBack.apply(Sort.apply(tokens, chosen[:, 0]), chosen[:, 1]).view(x.shape)
+
+
 MIXING: dict[Extra, str] = {
+    count_in_a_scale: "aten.div computes with how many tokens were picked",
+    count_in_a_table: "aten.select computes with how many tokens were picked",
+    count_by_a_sum: "a dimension is as long as tokens were picked",
+    count_by_a_product: "a dimension is as long as tokens were picked",
+    count_by_a_broadcast: "a dimension is as long as tokens were picked",
+    count_of_features: "a dimension is as long as tokens were picked",
+    sizes_of_features: "a dimension is as long as tokens were picked|reads a number from token content",
+    numbers_one_hot: "aten.scatter computes with row numbers",
+    order_one_hot: "aten.scatter computes with row numbers",
+    numbers_as_bools: "unknown meaning",
+    numbers_in_a_softmax: "unknown meaning|computes with row numbers",
+    numbers_projected: "unknown meaning|computes with row numbers",
+    numbers_of_the_largest: "unknown meaning|computes with row numbers",
+    other_view_selected: "pairs different axes",
+    other_broadcast: "pairs different axes",
+    narrowed_ids: "pairs different axes",
+    ids_as_other_bits: "pairs different axes",
+    functions_of_other_ids: "aten.index_put writes to rows of a token axis by number",
     numbers_as_values: "aten.mul computes with row numbers",
     reshaped_numbers: "computes with row numbers",
     numbers_in_a_table: "aten.index computes with row numbers",

@@ -40,10 +40,14 @@ class Cut:
 
 @dataclass(frozen=True)
 class Sorted:
-    """The row axis `of`, reordered by the expert ids that `key` names (mixture-of-experts dispatch)."""
+    """The row axis `of`, reordered by the expert ids that `ids` names (mixture-of-experts dispatch).
+
+    `key` names the order: another sort of the same ids may put rows of one expert in another.
+    """
 
     of: tuple[Any, ...]
     key: str
+    ids: str
 
 
 @dataclass(frozen=True)
@@ -228,7 +232,7 @@ class TokenSymbols:
                 return self.length
             case Cut(head, tail):
                 return self.length - head - tail
-            case Sorted(of, _):
+            case Sorted(of=of):
                 return self.size(of)
             case Picked(size=size) | Group(size=size):
                 return size
@@ -252,7 +256,7 @@ class TokenSymbols:
                     size: Any = self.batch_size
                 case Token.S:
                     size = self.sequence_length
-                case Sorted(of, _):
+                case Sorted(of=of):
                     size = self._measured(of)
                 case int():
                     size = factor

@@ -92,9 +92,12 @@ def _sort(op: Operands) -> Verdict:
     if len(axes) != 1 or fake(op["self"]).is_floating_point() or axes.meaning not in (None, Meaning.ONE_HOT):
         raise op.refuse("mixes-tokens", "sorts along token positions")
     # Counts go by rising ids: no groups of rows that are sorted the other way round.
-    key = op.key(op["self"]) + (" descending" if op["descending"] else "")
-    order = ((Sorted(axes.dims[0], key),),)
-    values, indices = Axes(order, Meaning.SORTED_IDS, key), Axes(order, Meaning.PERMUTATION, key)
+    ids = op.key(op["self"]) + (" descending" if op["descending"] else "")
+    factor = Sorted(axes.dims[0], op.key(op.node), ids)
+    values, indices = (
+        Axes(((factor,),), Meaning.SORTED_IDS, ids),
+        Axes(((factor,),), Meaning.PERMUTATION, factor.key),
+    )
     return Verdict((values, indices) if several else indices)
 
 
@@ -144,7 +147,7 @@ def _is_count(op: Operands, size: Any, index: int, rows: Sorted, groups: int) ->
     else:
         return False
     axes = op.axes(counts)
-    known = axes.meaning is Meaning.COUNTS and axes.key == rows.key and axes.dims == ((groups,),)
+    known = axes.meaning is Meaning.COUNTS and axes.key == rows.ids and axes.dims == ((groups,),)
     return known and place == index
 
 
@@ -188,7 +191,7 @@ def _grouped(op: Operands) -> Verdict:
     factor = rows.dims[0][0] if rows.dims[0] else None
     if weight.has_tokens or weight.aggregate or len(rows) != 2 or not isinstance(factor, Sorted):
         raise op.refuse("grouped-product", "multiplies rows that were not sorted by expert")
-    if offsets.meaning is not Meaning.OFFSETS or offsets.key != factor.key:
+    if offsets.meaning is not Meaning.OFFSETS or offsets.key != factor.ids:
         raise op.refuse("grouped-product", "groups rows by something else than what they were sorted by")
     result = rows.with_dims([rows.dims[0], op.symbols.dim_of_size(op.shape[-1])])
     return Verdict(result, reads_offsets=True)

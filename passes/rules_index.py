@@ -7,6 +7,7 @@ value at a place of the picked or sorted axis belongs to the very token it is ta
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -56,6 +57,11 @@ def _index(op: Operands) -> Verdict:
     _rest(op, axes, first, dims)
     if not _number_rows(picks, dims):
         raise op.refuse("mixes-tokens", "picks rows of a token axis by numbers of unknown meaning")
+    if picks[0].meaning is Meaning.PERMUTATION and len(axes) == 1:
+        (factor,) = picks[0].dims[0]
+        assert isinstance(factor, Sorted)
+        if op.key(op["self"]) == factor.ids:
+            result = replace(result, meaning=Meaning.SORTED_IDS, key=factor.ids)
     return Verdict(result, reads_numbers=True)
 
 
@@ -150,7 +156,8 @@ def _number_rows(picks: Sequence[Axes], dims: Sequence[Dim]) -> bool:
     if len(picks) != 1 or len(pick) != 1:
         return False
     if pick.meaning is Meaning.INVERSE:
-        return rows == (Sorted(pick.dims[0], pick.key),)
+        found = rows[0] if len(rows) == 1 else None
+        return isinstance(found, Sorted) and (found.of, found.key) == (pick.dims[0], pick.key)
     if len(pick.dims[0]) != 1 or not isinstance(factor := pick.dims[0][0], Sorted):
         return False
     if pick.meaning is Meaning.PERMUTATION:

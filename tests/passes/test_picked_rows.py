@@ -119,9 +119,20 @@ def in_groups(b: Block, x: Tensor, m: Any) -> Tensor:
     return torch.zeros_like(tokens).index_add(0, rows, computed * shares[:, None]).view(x.shape)
 
 
+def in_counted_groups(b: Block, x: Tensor, m: Any) -> Tensor:
+    """Numbers of rows from the sorted ids, and the way back from the order."""
+    tokens, weights, chosen = routed(b, x)
+    ids = chosen.flatten()
+    order = ids.argsort()
+    sizes = torch.histc(ids[order].float(), bins=E, min=0, max=E - 1).long().tolist()
+    groups = tokens[order // K].split(sizes)
+    computed = torch.cat([expert(b, index, group) for index, group in enumerate(groups)])
+    return (computed[order.argsort()].view(-1, K, D) * weights[..., None]).sum(1).view(x.shape)
+
+
 PICKING: tuple[Extra, ...] = (
     looped, by_condition, by_number, by_columns, by_sample_and_position, put_back_by_order,
-    in_groups,
+    in_groups, in_counted_groups,
 )  # fmt: skip
 
 
@@ -543,7 +554,14 @@ def functions_of_other_ids(b: Block, x: Tensor, m: Any) -> Tensor:
     return PutBack.apply(Sort.apply(tokens, chosen[:, 0]), chosen[:, 1]).view(x.shape)
 
 
+def sorted_twice(b: Block, x: Tensor, m: Any) -> Tensor:
+    """Rows of one expert may come in another order each time."""
+    tokens, _, chosen = routed(b, x)
+    return reordered(tokens, chosen[:, 0], chosen[:, 0], x)
+
+
 MIXING: dict[Extra, str] = {
+    sorted_twice: "pairs different axes",
     count_in_a_scale: "aten.div computes with how many tokens were picked",
     count_in_a_table: "aten.select computes with how many tokens were picked",
     count_by_a_sum: "a dimension is as long as tokens were picked",

@@ -46,7 +46,7 @@ from regate_fx.passes.rewrite_attention import emit_compact, emit_kernel
 from regate_fx.passes.rewrite_loss import LossRewrite, emit_loss
 from regate_fx.passes.rules import Kind, Operands
 from regate_fx.passes.rules_shape import is_whole_slice
-from regate_fx.passes.scalars import SCALARS, is_token_number, scalar_expr, size_arguments
+from regate_fx.passes.scalars import SCALARS, is_count, is_token_number, scalar_expr, size_arguments
 from regate_fx.passes.token_axes import TokenAxes
 
 aten = torch.ops.aten
@@ -121,7 +121,7 @@ class Rewriter:
         held = self._values[node].layouts
         axes = self.analysis.axes.get(node, NO_AXES) if fake(node) is not None else NO_AXES
         if not isinstance(axes, Axes) or not axes.has_tokens:
-            if isinstance(axes, Axes) and axes.meaning in (Meaning.COUNTS, Meaning.OFFSETS):
+            if isinstance(axes, Axes) and axes.meaning is Meaning.OFFSETS:
                 self._check_counted(node, layout)
             return held.get(layout) or next(iter(held.values()))
         if layout in held:
@@ -318,12 +318,8 @@ class Rewriter:
                 return self._reinstantiate(argument, layout)  # row numbers, not values
             if is_tensors(fake(argument)):
                 return self.value(argument, layout, consumer)
-            is_active = layout is not Layout.DENSE or self._reads_packed(argument)
-            if is_active and not is_size and is_token_number(fake(argument), self.symbols):
-                counted = "the batch or sequence size"
-                if not self.symbols.mentions(scalar_expr(fake(argument))):
-                    counted = "how many tokens were picked"
-                raise Refused("size-as-value", f"{operator_name(node)} computes with {counted}", node)
+            if not is_size:
+                self._check_value(node, argument, layout)
             return self.symint(argument, layout)
 
         args = tuple(
@@ -331,6 +327,17 @@ class Rewriter:
             for index, argument in enumerate(node.args)
         )
         return args, fx.map_arg(node.kwargs, functools.partial(replace, is_size=False))
+
+    def _check_value(self, node: fx.Node, number: fx.Node, layout: Layout) -> None:
+        """A number that a node computes with must be the same in this layout as in the captured graph."""
+        is_active = layout is not Layout.DENSE
+        if is_count(fake(number), self.symbols) and (is_active or self._reads_packed(number)):
+            counted = "how many tokens were picked"
+        elif is_active and is_token_number(fake(number), self.symbols):
+            counted = "the batch or sequence size"
+        else:
+            return
+        raise Refused("size-as-value", f"{operator_name(node)} computes with {counted}", node)
 
     def _is_identity(self, node: fx.Node) -> bool:
         """Whether a slice of a token axis keeps all rows of this layout; positions cut off count no label."""

@@ -93,7 +93,7 @@ class FindLayers:
             mixers = _mixers(attentions, content, analysis)
             anchors = sorted((mixer[0] for mixer in mixers), key=order.__getitem__)
             stream = _residual_stream(anchors, content, order, analysis)
-            behind = _Behind(stream, content, order)
+            behind = _Behind(stream, content, order, analysis)
             stack.layers = _layers(mixers, stream, behind, order)
             _end_last_layer(stack, stream)
             _assign_segments(stack, stream, behind)
@@ -219,7 +219,7 @@ def _residual_stream(
     dominator: dict[fx.Node, fx.Node | None] = {}
     depth: dict[fx.Node | None, int] = {None: 0}
     for node in sorted(reaching & related, key=order.__getitem__):
-        sources = [source for source in _tensors(node) if source in reaching and source in related]
+        sources = [source for source in _read(node, analysis) if source in reaching and source in related]
         parent: fx.Node | None = sources[0] if sources else None
         for source in sources[1:]:
             parent = _common(parent, source, dominator, depth)
@@ -271,13 +271,13 @@ def _sink(last: fx.Node, content: set[fx.Node], order: dict[fx.Node, int], analy
     return states[-1] if states else last
 
 
-def _tensors(node: fx.Node) -> Iterator[fx.Node]:
-    """The tensors that a node is computed from, those whose sizes alone it takes included."""
+def _read(node: fx.Node, analysis: TokenAxes) -> Iterator[fx.Node]:
+    """What a node is computed from, and for a number of picked rows what that was counted from."""
     for source in node.all_input_nodes:
-        if is_tensors(fake(source)):
-            yield source
+        if is_count(fake(source), analysis.symbols):
+            yield from _read(source, analysis)
         else:
-            yield from _tensors(source)
+            yield source
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
@@ -302,11 +302,13 @@ def _closure(start: Iterable[fx.Node], step) -> set[fx.Node]:  # type: ignore[no
 class _Behind:
     """For each node of the content, how many stream values it depends on; one pass over the graph."""
 
-    def __init__(self, stream: list[fx.Node], content: set[fx.Node], order: dict[fx.Node, int]) -> None:
+    def __init__(
+        self, stream: list[fx.Node], content: set[fx.Node], order: dict[fx.Node, int], analysis: TokenAxes
+    ) -> None:
         self.place = {vertex: index for index, vertex in enumerate(stream)}
         self._count: dict[fx.Node, int] = {}
         for node in sorted(content, key=order.__getitem__):
-            self._count[node] = max(map(self._through, _tensors(node)), default=0)
+            self._count[node] = max(map(self._through, _read(node, analysis)), default=0)
 
     def _through(self, source: fx.Node) -> int:
         if source in self.place:

@@ -182,11 +182,17 @@ def residual_scores(b: Block, x: Tensor, m: Any) -> Tensor:
     return scores.softmax(-1) @ x + again.softmax(-1) @ x
 
 
+def chosen_rows(b: Block, x: Tensor, m: Any) -> Tensor:
+    y = x * 1
+    y[x[..., 0] > 0] = 0.5
+    return y
+
+
 GATED: tuple[Extra, ...] = (
     sequence_first, sequence_first_attention, row_numbers, alibi, relative_bias, learned_mask, in_place_mask,
     token_pair_condition, distances, without_softmax, by_logsumexp, by_amax, with_sink, by_einsum, additive_scores,
     sum_of_weighted_pairs, relative_keys, sigmoid_by_einsum, two_hops, two_hops_by_einsum, rows_written_to,
-    table_as_keys, heads_attend, per_sample, repeated_tokens, half_tokens, residual_scores,
+    table_as_keys, heads_attend, per_sample, repeated_tokens, half_tokens, residual_scores, chosen_rows,
 )  # fmt: skip
 EITHER: tuple[Extra, ...] = (embedded_row_numbers, looked_up_row_numbers, cut_table_as_keys)
 
@@ -278,12 +284,6 @@ def other_samples(b: Block, x: Tensor, m: Any) -> Tensor:
 
 def regrouped(b: Block, x: Tensor, m: Any) -> Tensor:
     return x.transpose(0, 1).reshape(x.shape)
-
-
-def chosen_rows(b: Block, x: Tensor, m: Any) -> Tensor:
-    y = x * 1
-    y[x[..., 0] > 0] = 0.5
-    return y
 
 
 def deviation_over_keys(b: Block, x: Tensor, m: Any) -> Tensor:
@@ -553,7 +553,6 @@ MIXING: dict[Extra, str] = {
     linear_attention: "aten.einsum",
     other_samples: "attends over something else",
     regrouped: "regroups",
-    chosen_rows: "aten.index",
     deviation_over_keys: "aten.std",
     softmax_over_queries: "aten.softmax",
     spatial_gate: "aten.matmul sums over positions with weights that are no attention",

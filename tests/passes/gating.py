@@ -78,3 +78,9 @@ def refusal_of(gated: Any, model: nn.Module, inputs: dict[str, Tensor]) -> str |
     except NotGateable as refused:
         return str(refused)
     return None
+
+
+def why_dense(gated: Any, model: nn.Module, inputs: dict[str, Tensor]) -> list[str]:
+    """Why layers are dense, or the one refusal; all positions active is eager in any case."""
+    refusal = refusal_of(gated, model, inputs)
+    return [refusal] if refusal else [layer.reason for layer in gated.report.layers if layer.kind == "dense"]

@@ -18,8 +18,8 @@ from gating import (
     assert_is_key_masked,
     assert_same_step,
     gate,
-    refusal_of,
     step,
+    why_dense,
 )
 from small_decoder import Block, D, Decoder, Extra, batch, causal_mask, decoder, some_active
 from torch import Tensor
@@ -603,10 +603,6 @@ MIXING: dict[Extra, str] = {
 @pytest.mark.parametrize("extra", MIXING, ids=lambda extra: extra.__name__)
 def test_what_mixes_picked_rows_is_never_gated(extra: Extra) -> None:
     model = decoder(extra, layers=1)
-    gated = gate(model)
-    refusal = refusal_of(gated, model, batch(3))
-    reasons = (
-        [refusal] if refusal else [layer.reason for layer in gated.report.layers if layer.kind == "dense"]
-    )
+    reasons = why_dense(gate(model), model, batch(3))
     assert reasons
     assert all(re.search(MIXING[extra], reason) for reason in reasons)

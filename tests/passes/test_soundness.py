@@ -21,6 +21,7 @@ from gating import (
     gate,
     refusal_of,
     step,
+    why_dense,
 )
 from small_decoder import Block, D, H, batch, decoder, heads, hide, sequence_first_attention, some_active
 from torch import Tensor
@@ -462,7 +463,7 @@ COUNTED: dict[Extra, str] = {
 def test_a_sum_that_would_count_hidden_keys_is_not_gated(extra: Extra) -> None:
     """Whoever leaves an elided key out of it computes something else than the model that hides it."""
     model = decoder(extra, layers=1)
-    reasons = why_dense(gate(model), model)
+    reasons = why_dense(gate(model), model, batch(3))
     assert reasons
     assert all(re.search(f"{COUNTED[extra]} for every key that a mask hides", reason) for reason in reasons)
 
@@ -577,15 +578,9 @@ MIXING: dict[Extra, str] = {
 def test_what_mixes_tokens_is_never_gated(extra: Extra) -> None:
     """The layer that mixes is dense and says why, or nothing is gated; all positions active is eager in any case."""
     model = decoder(extra, layers=1)
-    reasons = why_dense(gate(model), model)
+    reasons = why_dense(gate(model), model, batch(3))
     assert reasons
     assert all(re.search(MIXING[extra], reason) for reason in reasons)
-
-
-def why_dense(gated: Any, model: torch.nn.Module) -> list[str]:
-    """Why layers are dense, or the one refusal."""
-    refusal = refusal_of(gated, model, batch(3))
-    return [refusal] if refusal else [layer.reason for layer in gated.report.layers if layer.kind == "dense"]
 
 
 IN_ONE_SAMPLE: tuple[Extra, ...] = (memory_slots, as_wide_as_long, writes_to_first_position)

@@ -36,6 +36,10 @@ from regate_fx.sharded import Sharding
 Compiled = Callable[..., Any]
 
 
+def _nobody(stage: str) -> None:
+    """Tells nobody."""
+
+
 class Captured(BaseException):
     """Raised in place of running a captured graph that is refused, or that only was to be captured. No error."""
 
@@ -65,6 +69,7 @@ class GatingBackend:
     sharding: of the model in the call that runs, whose parameters are then stand-ins.
     stops: raise `Captured` in place of running a graph; in `whole` mode then nothing of the model is computed.
     fused_loss: never build the logits of all rows for the loss; None where they would be large.
+    tell: takes what is being done, while somebody waits for it.
     """
 
     compiler: str | Compiled
@@ -77,9 +82,11 @@ class GatingBackend:
     sharding: Sharding | None = None
     stops: bool = False
     fused_loss: bool | None = None
+    tell: Callable[[str], None] = _nobody
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         self.captures.graphs += 1
+        self.tell("rewriting the captured graph")
         normalised: list[fx.GraphModule] = []
         run = self._rewrite(gm, normalised)
         if run is None and self.whole:
@@ -115,13 +122,18 @@ class GatingBackend:
         return run
 
     def _compile(self, run: PipelineRun, example_inputs: Sequence[Any]) -> Compiled:
+        backend = self.compiler if isinstance(self.compiler, str) else "a backend of the caller's"
         if not self.layerwise:
+            depth = len(run.context.findings["layers"].layers)
+            self.tell(f"compiling a graph of {depth} layers by {backend}")
             return self._compiler()(run.graph_module, example_inputs)
         try:
             split = split_layers(run.graph_module)
         except Refused as refused:
             raise NotGateable([refused.refusal()]) from refused
-        return compile_parts(split, self._compiler())
+        return compile_parts(
+            split, self._compiler(), lambda part: self.tell(f"compiling {part} by {backend}")
+        )
 
     @contextlib.contextmanager
     def referring(self) -> Iterator[None]:

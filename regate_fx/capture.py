@@ -64,15 +64,17 @@ class Options:
 class CapturedModel:
     """One model as Dynamo captured it, in one graph or several: captured once, run with every shape and mask.
 
+    tell: takes what is being done, while somebody waits for it.
     sharding: of the model's parameters; None where they are whole.
     graphs: the rewritten graphs of the fullest capture so far, in their order.
     last: plan and padding mask [B, S] of the last call.
     has_run: the untouched model ran once.
     """
 
-    def __init__(self, model: nn.Module, options: Options) -> None:
+    def __init__(self, model: nn.Module, options: Options, tell: Callable[[str], None]) -> None:
         self.model = model
         self.options = options
+        self.tell = tell
         self.sharding: Sharding | None = None
         self.last: tuple[TokenPlan, Tensor | None] | None = None
         self.has_run = self._may_run = False
@@ -88,7 +90,7 @@ class CapturedModel:
         layerwise = self.options.scope == "layers" and not self.options.reference
         self._backend = GatingBackend(
             self.options.backend, passes, whole=whole, referable=self._is_checking, layerwise=layerwise,
-            fused_loss=self.options.fused_loss,
+            fused_loss=self.options.fused_loss, tell=self.tell,
         )  # fmt: skip
         self.graphs: list[PipelineRun] = []
         self._runs: dict[frozenset[str], Callable[..., Any]] = {}
@@ -121,6 +123,7 @@ class CapturedModel:
             if not self._whole or self.sharding is not None or not self._may_break(error):
                 raise cause from error
         started = self._whole, self._backend, self.graphs, self._runs
+        self.tell("capturing the model in parts, for it is not one graph")
         if not self.has_run:
             # What a model does in its first run only, hooks it installs and tables it fills, breaks no later capture.
             with undisturbed(self.model), torch.no_grad():

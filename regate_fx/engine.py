@@ -27,6 +27,7 @@ from regate_fx.single_position import lengthen, shorten
 from regate_fx.summary import all_dense, batch_tokens, summarise
 from regate_fx.symbols import by_position
 from regate_fx.validation import NOT_RUN, NOT_VALIDATED, SHARDED, VALIDATED, is_random, validate
+from regate_fx.waiting import Waiting
 
 logger = logging.getLogger("regate_fx")
 
@@ -37,6 +38,7 @@ class GatedEngine:
 
     model: nn.Module
     options: Options = field(default_factory=Options)
+    waiting: Waiting = field(default_factory=Waiting, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.validation: str | None = None
@@ -45,7 +47,7 @@ class GatedEngine:
         self._weakest = VALIDATED
         self._is_apart = False
         self._refusal: NotGateable | None = None
-        self._captured = CapturedModel(self.model, self.options)
+        self._captured = CapturedModel(self.model, self.options, self.waiting.tell)
 
     @property
     def report(self) -> Report | None:
@@ -85,6 +87,8 @@ class GatedEngine:
         for the first time `ValidationFailed` where the compiled graph disagrees with it.
         """
         if self._refusal is None:
+            if self.captures.graphs == 0:
+                self.waiting.tell(f"capturing {type(self.model).__name__}")
             try:
                 return self._gated(plan, inputs)
             except NotGateable as error:
@@ -96,6 +100,8 @@ class GatedEngine:
                     "label counts, and there is no token_loss (strict=False). %s",
                     error,
                 )
+            finally:
+                self.waiting.over()
         self._captured.last = plan, padding_of(inputs)
         return self._captured.untouched(plan, inputs)
 
@@ -158,6 +164,7 @@ class GatedEngine:
         if self._captured.sharding is not None:
             self._tell(SHARDED)
             return
+        self.waiting.tell("comparing with the untouched model")
         gated = self
         ran: list[PipelineRun] = []
 
@@ -170,7 +177,8 @@ class GatedEngine:
             self._is_apart = is_random(self.model, inputs, self._captured.untouched)
             if self._is_apart:
                 stack.enter_context(evaluating(self.model))
-                gated = GatedEngine(self.model, replace(self.options, backend="eager", keep_logits=False))
+                options = replace(self.options, backend="eager", keep_logits=False)
+                gated = GatedEngine(self.model, options, self.waiting)
                 gated._captured.has_run = self._captured.has_run
                 stack.enter_context(gated._captured.checking())
             outcome = validate(

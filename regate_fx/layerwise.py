@@ -41,14 +41,17 @@ class LayerwiseGraph:
 
 
 def compile_parts(
-    split: SplitGraph, compiler: Callable[[fx.GraphModule, Sequence[Any]], Compiled]
+    split: SplitGraph,
+    compiler: Callable[[fx.GraphModule, Sequence[Any]], Compiled],
+    tell: Callable[[str], None],
 ) -> LayerwiseGraph:
-    """Compile every part that is not like an earlier one."""
+    """Compile every part that is not like an earlier one. tell: takes which one comes next."""
     known: dict[Any, Compiled] = {}
     compiled = []
-    for part in split.parts:
+    for number, part in enumerate(split.parts, start=1):
         key = signature(part.graph_module)
         if key not in known:
+            tell(f"part {number} of {len(split.parts)}")
             known[key] = _checked(part, compiler)
         compiled.append(known[key])
     return LayerwiseGraph(split, tuple(compiled), len(known))

@@ -25,7 +25,7 @@ def split(model: nn.Module, inputs: dict[str, Tensor], active: Tensor) -> tuple[
     def compiler(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         run = run_passes(fx.GraphModule(gm, copy_graph(gm)), PassContext(), LAYERWISE)
         parts = split_layers(run.graph_module)
-        made.append(compile_parts(parts, lambda part, _: part.forward))
+        made.append(compile_parts(parts, lambda part, _: part.forward, lambda _: None))
         return made[0]
 
     outputs = capture(model, inputs, active, compiler=compiler).outputs

@@ -1,0 +1,139 @@
+"""The ways to compute one training step that are timed side by side.
+
+Shapes: B samples, S positions.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from clock import Row
+from hand_packed import causal_only_model, pack, without_padding
+from peft import LoraConfig, get_peft_model
+from random_ltd import random_ltd_model
+from step_models import Shape, keep, make_batch, make_model
+from torch import Tensor
+
+import regate_fx
+from regate_fx.runtime import DualCycle, ReGate, label_table
+
+SHARES = (1.0, 0.75, 0.5, 0.25)
+EAGER, DENSE, PADDING_FREE = "dense, eager", "dense, compiled", "padding-free, compiled"
+FLASH, MASKED, LTD = "dense, compiled, flash_attn", "dense-masked 0.5", "random-LTD 0.5, compiled"
+WITH_GATE = "gated 0.5, with a gate"
+# The first of each pair must have the loss of the second.
+EQUAL = (("gated 0.5", "hand-packed 0.5"), ("gated 0.5", MASKED), ("gated 1.0", DENSE), (PADDING_FREE, DENSE))
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is trained, and whether activations are computed again in the backward."""
+
+    lora: bool = False
+    checkpointing: bool = False
+
+    def __str__(self) -> str:
+        return ("LoRA" if self.lora else "full") + (", checkpointing" if self.checkpointing else "")
+
+    def apply(self, model: Any) -> Any:
+        if self.lora:
+            model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", lora_dropout=0.0))
+        if self.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+
+@dataclass
+class Rows:
+    """All rows of one shape and tuning, of the same weights. gated: one model for all shares, as a user has it."""
+
+    shape: Shape
+    tuning: Tuning
+    device: str
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        self.model = self.tuning.apply(make_model(self.shape, self.device, self.dtype))
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        # The step does all its work and leaves the weights as they are, for losses to stay comparable.
+        self.optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
+        self.batch = make_batch(self.shape, self.device, self.dtype)
+        self.masks = {share: keep(self.batch, share) for share in SHARES}
+        self.gated = regate_fx.compile(self.model)
+        self.rows: dict[str, Row] = {}
+        self.positions: dict[str, int] = {}
+
+    def add(self, name: str, positions: int, called: Any, arguments: dict[str, Any]) -> None:
+        self.rows[name] = Row(lambda: called(**arguments), self.optimizer)
+        self.positions[name] = positions
+
+    def add_dense(self, every: bool) -> None:
+        """every: eager, flash and masked rows too."""
+        everything = self.batch["input_ids"].numel()
+        if every:
+            self.add(EAGER, everything, self.model, self.batch)
+        self.add(DENSE, everything, torch.compile(self.model, dynamic=False), self.batch)
+        if every and self.device == "cuda" and _has_flash_attn():
+            flash = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
+            flash.set_attn_implementation("flash_attention_2")
+            self.add(FLASH, everything, torch.compile(flash, dynamic=False), self.batch)
+        if every:
+            masked = regate_fx.compile(self.model, reference=True)
+            self.add(MASKED, everything, masked, {**self.batch, "token_mask": self.masks[0.5]})
+
+    def add_padding_free(self) -> None:
+        arguments = without_padding(self.batch)
+        compiled = torch.compile(self.model, dynamic=False)
+        self.add(PADDING_FREE, arguments["input_ids"].numel(), compiled, arguments)
+
+    def add_random_ltd(self) -> None:
+        S, depth = self.shape.S, self.shape.layers
+        positions = self.shape.B * (2 * S + (depth - 2) * S // 2) // depth
+        dropping = torch.compile(random_ltd_model(self.model, 0.5), dynamic=False)
+        self.add(LTD, positions, dropping, self.batch)
+
+    def add_hand_packed(self, shares: Iterable[float]) -> None:
+        packed_model = causal_only_model(self.model)
+        for share in shares:
+            arguments = pack(self.batch, self.masks[share])
+            compiled = torch.compile(packed_model, dynamic=False)
+            self.add(f"hand-packed {share}", arguments["input_ids"].numel(), compiled, arguments)
+
+    def add_gated(self, shares: Iterable[float]) -> None:
+        for share in shares:
+            mask = self.masks[share]
+            self.add(f"gated {share}", int(mask.sum()), self.gated, {**self.batch, "token_mask": mask})
+
+    def add_with_gate(self) -> None:
+        """The whole runtime on top, with a random half of the labels. Calls that bring a mask keep theirs."""
+        self.gated.gate, batch = make_gate(self.batch)
+        self.add(WITH_GATE, int(self.gated.gate.select(batch).sum()), self.gated, batch)
+
+
+def make_gate(batch: dict[str, Tensor]) -> tuple[ReGate, dict[str, Any]]:
+    """A gate that keeps a random half of the labels in every step, and the batch as it collates it."""
+    kept = {key: value for key, value in batch.items() if key != "pixel_values"}
+    examples = [
+        {"sample_id": n, **{key: value[n].tolist() for key, value in kept.items()}}
+        for n in range(batch["input_ids"].shape[0])
+    ]
+
+    def collate(some: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {key: torch.tensor([example[key] for example in some]) for key in kept}
+
+    table = label_table(examples, collate, special_ids=())
+    sparse = DualCycle(keep=0.5, warmup=0, cycle=1, dense=0)
+    gate = ReGate(table, schedule=sparse, policy="random", collator=collate, special_ids=(), visual_ids=())
+    device = batch["input_ids"].device
+    collated = {key: value.to(device) for key, value in gate.collate(examples).items()}
+    return gate, {**batch, **collated}
+
+
+def _has_flash_attn() -> bool:
+    from transformers.utils import is_flash_attn_2_available
+
+    return bool(is_flash_attn_2_available())

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from regate_fx import ops
 
 # Sizes of one (B, S, N or L) are specialised by Dynamo, as are train and eval mode and autocast.
 TRACE_LIMIT = 64
@@ -20,6 +25,8 @@ def capture_settings(whole: bool) -> Iterator[None]:
     In a model that is several graphs, what passes from one to the next has symbolic sizes too. Each is a symbol of its
     own: as many image features as positions must not be taken for positions. In a single graph, numbers read from
     tensors are captured too; vision-language models compare that of image positions with that of image features.
+
+    The compile caches on disk know an operator by its name alone: what they hold of another version of ours is stale.
     """
     dynamo = torch._dynamo.config.patch(
         assume_static_by_default=whole,
@@ -34,8 +41,28 @@ def capture_settings(whole: bool) -> Iterator[None]:
         fail_on_recompile_limit_hit=whole,
         specialize_float=True,
     )
-    with dynamo, torch.fx.experimental._config.patch(use_duck_shape=False):
+    tag = torch.compiler.config.cache_key_tag
+    tagged = tag if tag.endswith(_ops_tag()) else tag + _ops_tag()
+    with (
+        dynamo,
+        torch.fx.experimental._config.patch(use_duck_shape=False),
+        torch.compiler.config.patch(cache_key_tag=tagged),
+    ):
         yield
+
+
+@cache
+def _ops_tag() -> str:
+    """The version of our operators: a digest of their code."""
+    return f"regate_fx-{digest(Path(ops.__file__).parent)}"
+
+
+def digest(folder: Path) -> str:
+    """Of the names and contents of a folder's modules."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
 
 
 def _logging_methods() -> set[Callable[..., Any]]:

@@ -14,17 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import (
-    NO_AXES,
-    NUMBERING,
-    REORDERED,
-    Axes,
-    Cut,
-    Meaning,
-    Token,
-    TokenSymbols,
-    size_expr,
-)
+from regate_fx.passes.axes import NO_AXES, NUMBERING, REORDERED, Axes, Cut, Meaning, Token
 from regate_fx.passes.base import (
     SCALARS_OF_TENSORS,
     PassContext,
@@ -48,6 +38,7 @@ from regate_fx.passes.rules import Kind, Operands
 from regate_fx.passes.rules_shape import is_whole_slice
 from regate_fx.passes.scalars import SCALARS, is_count, is_token_number, scalar_expr, size_arguments
 from regate_fx.passes.token_axes import TokenAxes
+from regate_fx.passes.token_symbols import TokenSymbols, size_expr
 
 aten = torch.ops.aten
 

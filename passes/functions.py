@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import size_expr
 from regate_fx.passes.base import Refused
+from regate_fx.passes.token_symbols import size_expr
 
 FUNCTION_APPLY = torch.ops.higher_order.autograd_function_apply
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import size_expr
 from regate_fx.passes.base import PassContext, PassResult, fake, fake_mode_of, is_tensor, operator_name
 from regate_fx.passes.emit import Emitter
 from regate_fx.passes.rewrite_attention import autocast_dtype
+from regate_fx.passes.token_symbols import size_expr
 
 aten = torch.ops.aten
 

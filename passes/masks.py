@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import Axes, Meaning, Token, size_expr
+from regate_fx.passes.axes import Axes, Meaning, Token
 from regate_fx.passes.base import PassContext, PassResult, fake, operator_name
 from regate_fx.passes.plan_nodes import PlanNodes
 from regate_fx.passes.rules import Kind, Operands
 from regate_fx.passes.rules_shape import is_whole_slice
 from regate_fx.passes.token_axes import TokenAxes
+from regate_fx.passes.token_symbols import size_expr
 
 
 @dataclass(frozen=True)

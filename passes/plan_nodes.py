@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 import regate_fx.ops  # noqa: F401  (registers the operators)
-from regate_fx.passes.axes import TokenSymbols
 from regate_fx.passes.base import PassContext, PassResult, Refused, fake
+from regate_fx.passes.token_symbols import TokenSymbols
 
 ANCHOR = torch.ops.regate_fx.anchor.default
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import NO_AXES, Axes, TokenSymbols, merge
+from regate_fx.passes.axes import NO_AXES, Axes, merge
 from regate_fx.passes.base import Refused, fake, operator_name
 from regate_fx.passes.row_keys import row_key
+from regate_fx.passes.token_symbols import TokenSymbols
 
 Result = Axes | tuple[Axes, ...]
 

@@ -26,12 +26,12 @@ from regate_fx.passes.axes import (
     canonical,
     has_token,
     merge,
-    note_counts,
     token_factors,
 )
 from regate_fx.passes.base import SCALARS_OF_TENSORS, fake, operator_name
 from regate_fx.passes.rules import Operands, Verdict, kind_of, rowwise, rule
 from regate_fx.passes.rules_shape import join, split
+from regate_fx.passes.token_symbols import note_counts
 
 
 @rule("aten.nonzero", "aten.nonzero_numpy", "aten.argwhere")

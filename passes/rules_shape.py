@@ -9,9 +9,10 @@ from typing import Any
 import sympy
 import torch
 
-from regate_fx.passes.axes import Axes, Cut, Dim, Meaning, Token, has_token, reshape, size_expr
+from regate_fx.passes.axes import Axes, Cut, Dim, Meaning, Token, has_token
 from regate_fx.passes.base import fake
 from regate_fx.passes.rules import Kind, Operands, Verdict, kind_of, rowwise, rule
+from regate_fx.passes.token_symbols import reshape, size_expr
 
 
 def _view(op: Operands, of: str = "self") -> Verdict:

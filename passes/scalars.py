@@ -8,8 +8,8 @@ import sympy
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import TokenSymbols
 from regate_fx.passes.base import fake, operator_name
+from regate_fx.passes.token_symbols import TokenSymbols
 
 SCALARS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import size_expr
 from regate_fx.passes.base import fake, operator_name
+from regate_fx.passes.token_symbols import size_expr
 
 aten = torch.ops.aten
 

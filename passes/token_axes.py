@@ -24,13 +24,14 @@ from regate_fx.passes import (  # noqa: F401
     rules_quantised,
     rules_shape,
 )
-from regate_fx.passes.axes import NO_AXES, NUMBERING, Axes, Cut, Meaning, TokenSymbols, size_expr
+from regate_fx.passes.axes import NO_AXES, NUMBERING, Axes, Cut, Meaning
 from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_tensors, operator_name
 from regate_fx.passes.function_axes import function_verdict
 from regate_fx.passes.functions import FUNCTION_APPLY
 from regate_fx.passes.plan_nodes import ANCHOR
 from regate_fx.passes.rules import RULES, Kind, Operands, Result, Verdict, parts_of
 from regate_fx.passes.rules_math import elementwise
+from regate_fx.passes.token_symbols import TokenSymbols, size_expr
 
 
 @dataclass

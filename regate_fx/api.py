@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from regate_fx.capture import Options, Scope
 from regate_fx.engine import GatedEngine
 from regate_fx.errors import InvalidInput
 from regate_fx.explain import explain
+from regate_fx.inductor import Backend, chosen_backend
 from regate_fx.wrapper import Gate, ungated, wrap
 
 __all__ = ["compile", "explain"]
@@ -19,7 +20,9 @@ __all__ = ["compile", "explain"]
 def compile(
     model: nn.Module,
     *,
-    backend: str | Callable[..., Any] = "inductor",
+    backend: Backend = "inductor",
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
     keep_logits: bool = False,
     validate: bool = True,
     reference: bool = False,
@@ -32,6 +35,8 @@ def compile(
 
     model:       any Hugging Face causal or vision-language model. It is shared, not copied.
     backend:     "inductor", "aot_eager", "eager", or a Dynamo backend of your own, for the rewritten graph.
+    mode, options: Inductor's, as `torch.compile` takes them, for the rewritten graph. A mode with CUDA graphs records
+                 one for every new number of samples, positions and active positions.
     keep_logits: return logits [B, S, V] from calls with labels too, at the price of computing them.
     validate:    check the compiled graph against the untouched model and the dense reference at the first call
                  that could train the model; raises `ValidationFailed` there.
@@ -65,6 +70,7 @@ def compile(
             "is False together with a gate, which learns from the per-token losses of gated calls.",
             "Drop one; `regate_fx.explain` says beforehand whether a model can be gated.",
         )
+    backend = chosen_backend(backend, mode, options)
     engine = GatedEngine(
         original, Options(backend, keep_logits, validate, reference, scope, strict, fused_loss)
     )

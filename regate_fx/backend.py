@@ -14,6 +14,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from regate_fx.errors import LayerRefusal, NotGateable, PassFailed
+from regate_fx.inductor import Inductor
 from regate_fx.layerwise import LayerwiseGraph, compile_parts
 from regate_fx.passes.base import Pass, PassContext, Refused
 from regate_fx.passes.bounds import Bound
@@ -122,7 +123,7 @@ class GatingBackend:
         return run
 
     def _compile(self, run: PipelineRun, example_inputs: Sequence[Any]) -> Compiled:
-        backend = self.compiler if isinstance(self.compiler, str) else "a backend of the caller's"
+        backend = self.compiler if isinstance(self.compiler, str | Inductor) else "a backend of the caller's"
         if not self.layerwise:
             depth = len(run.context.findings["layers"].layers)
             self.tell(f"compiling a graph of {depth} layers by {backend}")

@@ -20,7 +20,6 @@ import sympy
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import TokenSymbols, size_expr
 from regate_fx.passes.base import fake, operator_name
 from regate_fx.passes.layers import DecoderStack
 from regate_fx.passes.layouts import Layout
@@ -28,6 +27,7 @@ from regate_fx.passes.pipeline import PipelineRun
 from regate_fx.passes.placement import Placement
 from regate_fx.passes.rules import Kind, Operands
 from regate_fx.passes.token_axes import TokenAxes
+from regate_fx.passes.token_symbols import TokenSymbols, size_expr
 from regate_fx.report import NO_COST, BatchTokens, Cost
 
 BEFORE = -1

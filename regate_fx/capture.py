@@ -211,13 +211,21 @@ class CapturedModel:
         takes = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         return {"use_cache": False} if takes else {}
 
+    @functools.cached_property
+    def _passed_on(self) -> frozenset[str]:
+        """The model's arguments, and those of the model inside that it passes what it does not name on to (PEFT's)."""
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self._parameters.values())
+        inside = own_signature(base).parameters if takes_any else {}
+        return frozenset((*self._parameters, *inside))
+
     def _with_padding_mask(self, plan: TokenPlan, inputs: dict[str, Any]) -> dict[str, Any]:
         """Say that there is no padding where the caller says nothing.
 
         Without mask and positions, models look for packed documents in positions they have just made themselves.
         """
         name = padding_mask_name(inputs)
-        if name not in self._parameters or "position_ids" in inputs or name in inputs:
+        if name not in self._passed_on or "position_ids" in inputs or name in inputs:
             return inputs
         return inputs | {name: torch.ones_like(plan.row_of)}
 

@@ -18,6 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import regate_fx
 from regate_fx.errors import Unsupported
 from regate_fx.wrapper import ungated
 
@@ -161,3 +162,13 @@ def test_trainer_keeps_the_column_of_sample_ids(tmp_path: Path) -> None:
     gated, _ = gate(build("llama"))
     with pytest.raises(Unsupported, match="sample_id"):
         train(gated, tmp_path, "sample_id")
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_a_batch_without_padding_mask_is_known_to_have_no_padding_through_peft(task: str | None) -> None:
+    """PEFT's model names no arguments of its own where it is told no task; its attention mask is the model's."""
+    lora = LoraConfig(task_type=task, r=2, target_modules=["q_proj", "v_proj"])
+    gated = regate_fx.compile(get_peft_model(build("llama"), lora), backend="eager")
+    ids = torch.randint(3, 90, (2, 9))
+    gated(input_ids=ids, labels=ids, token_mask=torch.rand(2, 9) < 0.7)
+    assert {layer.attention for layer in gated.report.layers} == {"causal, proven from the mask"}

@@ -37,10 +37,6 @@ from regate_fx.sharded import Sharding
 Compiled = Callable[..., Any]
 
 
-def _nobody(stage: str) -> None:
-    """Tells nobody."""
-
-
 class Captured(BaseException):
     """Raised in place of running a captured graph that is refused, or that only was to be captured. No error."""
 
@@ -83,7 +79,7 @@ class GatingBackend:
     sharding: Sharding | None = None
     stops: bool = False
     fused_loss: bool | None = None
-    tell: Callable[[str], None] = _nobody
+    tell: Callable[[str], None] = field(kw_only=True)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         self.captures.graphs += 1
@@ -123,18 +119,16 @@ class GatingBackend:
         return run
 
     def _compile(self, run: PipelineRun, example_inputs: Sequence[Any]) -> Compiled:
-        backend = self.compiler if isinstance(self.compiler, str | Inductor) else "a backend of the caller's"
+        by = f" by {self.compiler}" if isinstance(self.compiler, str | Inductor) else ""
         if not self.layerwise:
             depth = len(run.context.findings["layers"].layers)
-            self.tell(f"compiling a graph of {depth} layers by {backend}")
+            self.tell(f"compiling a graph of {depth} layers{by}")
             return self._compiler()(run.graph_module, example_inputs)
         try:
             split = split_layers(run.graph_module)
         except Refused as refused:
             raise NotGateable([refused.refusal()]) from refused
-        return compile_parts(
-            split, self._compiler(), lambda part: self.tell(f"compiling {part} by {backend}")
-        )
+        return compile_parts(split, self._compiler(), lambda part: self.tell(f"compiling {part}{by}"))
 
     @contextlib.contextmanager
     def referring(self) -> Iterator[None]:

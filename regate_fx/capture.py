@@ -123,13 +123,14 @@ class CapturedModel:
             if not self._whole or self.sharding is not None or not self._may_break(error):
                 raise cause from error
         started = self._whole, self._backend, self.graphs, self._runs
-        self.tell("capturing the model in parts, for it is not one graph")
         if not self.has_run:
+            self.tell("running the untouched model once, for it is not one graph yet")
             # What a model does in its first run only, hooks it installs and tables it fills, breaks no later capture.
             with undisturbed(self.model), torch.no_grad():
                 self.untouched(plan, inputs)
             self._start(whole=True)
         else:
+            self.tell("capturing the model in parts, for it is not one graph")
             self._start(whole=False)
         try:
             return self(plan, inputs)

@@ -72,7 +72,7 @@ class GatedEngine:
         self._captured.check_captures(labelled, self.captures.refusals)
 
     def fresh(self, model: nn.Module) -> GatedEngine:
-        return replace(self, model=model)
+        return GatedEngine(model, self.options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model, "options": self.options}
@@ -87,9 +87,9 @@ class GatedEngine:
         for the first time `ValidationFailed` where the compiled graph disagrees with it.
         """
         if self._refusal is None:
-            if self.captures.graphs == 0:
-                self.waiting.tell(f"capturing {type(self.model).__name__}")
             try:
+                if self.captures.graphs == 0:
+                    self.waiting.tell(f"capturing {type(self.model).__name__}")
                 return self._gated(plan, inputs)
             except NotGateable as error:
                 if self.options.strict:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
+from clock import Device
 from rich.console import Console
 from step_models import Shape, keep, make_batch, make_model
 from torch._dynamo.utils import counters
@@ -37,9 +37,8 @@ def first_step(way: str, layers: int, device: str) -> dict[str, Any]:
     """Seconds of the first step of this process, and how many compiled graphs came from the cache."""
     torch.manual_seed(0)
     shape = Shape("llama", "small", layers, 2048, 2, 128)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = make_model(shape, device, dtype)
-    batch = make_batch(shape, device, dtype)
+    model = make_model(shape, device, Device(device).dtype)
+    batch = make_batch(shape, device, Device(device).dtype)
     if way == "dense":
         called = torch.compile(model, dynamic=True)
     else:
@@ -95,7 +94,7 @@ def main() -> None:
         return
     rows = measure(args.depths, args.device, Console())
     depths = " ".join(map(str, args.depths))
-    where = {**machine(), **({"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {})}
+    where = Device(args.device).describe()
     lines = [
         "# The first step of a process",
         "",

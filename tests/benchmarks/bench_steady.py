@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
+from clock import Device
 from rich.console import Console
 from rich.progress import track
 from step_models import Shape, make_model
@@ -61,8 +61,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     set_seed(0)
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    model = make_model(Shape("llama", "small", 2, 2048, MOST, LONGEST), args.device, dtype)
+    device = Device(args.device)
+    model = make_model(Shape("llama", "small", 2, 2048, MOST, LONGEST), args.device, device.dtype)
     examples = make_examples()
     table = label_table(examples, collate, special_ids=())
     schedule = DualCycle(keep=0.5, warmup=4, cycle=8, dense=2)
@@ -80,6 +80,7 @@ def main() -> None:
         }
         if step == args.warm_up:
             traces, graphs = gated.report.traces, counters["stats"]["unique_graphs"]
+            device.wait()
             began = time.perf_counter()
             if args.device == "cuda":
                 torch.cuda.set_sync_debug_mode("error")
@@ -90,13 +91,14 @@ def main() -> None:
             shapes.add(tuple(batch["input_ids"].shape))
     if args.device == "cuda":
         torch.cuda.set_sync_debug_mode("default")
+    device.wait()
     seconds = time.perf_counter() - began
     new = {
         "traces": gated.report.traces - traces,
         "graphs": counters["stats"]["unique_graphs"] - graphs,
     }
-    waits = "0, each would have been an error" if args.device == "cuda" else "not to be seen on a CPU"
-    where = {**machine(), **({"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {})}
+    waits = "none that torch's sync debug mode sees" if args.device == "cuda" else "not to be seen on a CPU"
+    where = device.describe()
     command = f"python tests/benchmarks/bench_steady.py --device {args.device} --steps {args.steps}"
     lines = [
         "# A steady run",

@@ -28,18 +28,12 @@ def causal_only_model(model: PreTrainedModel) -> PreTrainedModel:
     return packed
 
 
-def random_mask(counts: list[int], S: int, device: str = "cpu") -> Tensor:
-    """bool [B, S] with `counts[b]` active positions in sample b."""
-    order = torch.rand(len(counts), S, device=device).argsort(dim=1).argsort(dim=1)
-    return order < torch.tensor(counts, device=device)[:, None]
-
-
 def pack(batch: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
     """The active positions of each sample, moved to the front: arguments of a hand-packed call, all [B, K].
 
-    This is the limit of a gated step. Each position brings the label it predicts along, so the labels are passed
-    already shifted. Where samples differ in length, the tail is padding without labels; causal attention never looks
-    at it. Pictures stay as they are: all their positions are active.
+    Where samples keep equally many, this is the limit of a gated step. Each position brings the label it predicts
+    along, so the labels are passed already shifted. Where samples differ in length, the tail is padding without labels;
+    causal attention never looks at it. Pictures stay as they are: all their positions are active.
     """
     K = int(mask.sum(1).max())
     position_ids = mask.int().argsort(dim=1, descending=True, stable=True)[:, :K]
@@ -57,7 +51,10 @@ def pack(batch: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
 
 
 def without_padding(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' padding-free form: all samples in one row, [1, T], their positions counted from 0 each."""
+    """transformers' padding-free form: all samples in one row, [1, T], their positions counted from 0 each.
+
+    Under SDPA, transformers makes a mask over the pairs of the whole row of it.
+    """
     real = batch["attention_mask"].bool()
     positions = torch.arange(real.shape[1], device=real.device).expand(real.shape)
     labels = predicted(batch["labels"])[real][None]

@@ -77,10 +77,11 @@ def main() -> None:
     parser.add_argument("--gather", action="store_true", help="run nothing")
     args = parser.parse_args()
     if not args.gather:
-        for program in PROGRAMS:
-            subprocess.run([sys.executable, HERE / program, "--device", args.device], check=True)
-        for program in ON_CPU_ONLY if args.device == "cpu" else ():
-            subprocess.run([sys.executable, HERE / program], check=True)
+        commands = [[HERE / program, "--device", args.device] for program in PROGRAMS]
+        commands += [[HERE / program] for program in ON_CPU_ONLY if args.device == "cpu"]
+        for command in commands:
+            if subprocess.run([sys.executable, *command]).returncode:
+                print(f"{command[0].name} failed", file=sys.stderr)
     (RESULTS / f"goals_{args.device}.md").write_text("\n".join(gather(args.device)) + "\n")
 
 

@@ -22,11 +22,21 @@ import regate_fx
 from regate_fx.runtime import DualCycle, ReGate, label_table
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
-EAGER, DENSE, PADDING_FREE = "dense, eager", "dense, compiled", "padding-free, compiled"
+EAGER, DENSE, CAUSAL = "dense, eager", "dense, compiled", "dense, compiled, causal without a mask"
 FLASH, MASKED, LTD = "dense, compiled, flash_attn", "dense-masked 0.5", "random-LTD 0.5, compiled"
-WITH_GATE = "gated 0.5, with a gate"
-# The first of each pair must have the loss of the second.
-EQUAL = (("gated 0.5", "hand-packed 0.5"), ("gated 0.5", MASKED), ("gated 1.0", DENSE), (PADDING_FREE, DENSE))
+ONE_ROW, WITH_GATE = "padding-free (one masked row), compiled", "gated 0.5, with a gate and its collation"
+# The first of each pair must have the loss and the gradients of the second, where both are there.
+EQUAL = (
+    (DENSE, EAGER),
+    (CAUSAL, DENSE),
+    (FLASH, DENSE),
+    (ONE_ROW, DENSE),
+    ("gated 1.0", DENSE),
+    ("gated 0.75", "hand-packed 0.75"),
+    ("gated 0.5", "hand-packed 0.5"),
+    ("gated 0.25", "hand-packed 0.25"),
+    ("gated 0.5", MASKED),
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,9 @@ class Tuning:
 
     def apply(self, model: Any) -> Any:
         if self.lora:
-            model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", lora_dropout=0.0))
+            model = get_peft_model(
+                model, LoraConfig(r=16, target_modules="all-linear"), autocast_adapter_dtype=False
+            )
         if self.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
@@ -63,38 +75,49 @@ class Rows:
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
         self.batch = make_batch(self.shape, self.device, self.dtype)
         self.masks = {share: keep(self.batch, share) for share in SHARES}
-        self.gated = regate_fx.compile(self.model)
+        # No other row computes head and losses by chunks.
+        self.gated = regate_fx.compile(self.model, fused_loss=False)
         self.rows: dict[str, Row] = {}
         self.positions: dict[str, int] = {}
 
     def add(self, name: str, positions: int, called: Any, arguments: dict[str, Any]) -> None:
-        self.rows[name] = Row(lambda: called(**arguments), self.optimizer)
+        self.rows[name] = Row(lambda: called(**arguments), self.model, self.optimizer)
         self.positions[name] = positions
 
-    def add_dense(self, every: bool) -> None:
-        """every: eager, flash and masked rows too."""
+    def add_dense(self) -> None:
         everything = self.batch["input_ids"].numel()
-        if every:
-            self.add(EAGER, everything, self.model, self.batch)
         self.add(DENSE, everything, torch.compile(self.model, dynamic=False), self.batch)
-        if every and self.device == "cuda" and _has_flash_attn():
+        if not self.shape.padded:
+            causal = torch.compile(causal_only_model(self.model), dynamic=False)
+            arguments = {**self.batch, "attention_mask": torch.ones_like(self.batch["input_ids"])}
+            self.add(CAUSAL, everything, causal, arguments)
+
+    def add_eager(self) -> None:
+        self.add(EAGER, self.batch["input_ids"].numel(), self.model, self.batch)
+
+    def add_flash(self) -> None:
+        """Where it is installed. Of a single sample, transformers decides by a tensor whether it is packed."""
+        if self.device == "cuda" and _has_flash_attn() and self.shape.B > 1:
             flash = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
             flash.set_attn_implementation("flash_attention_2")
-            self.add(FLASH, everything, torch.compile(flash, dynamic=False), self.batch)
-        if every:
-            masked = regate_fx.compile(self.model, reference=True)
-            self.add(MASKED, everything, masked, {**self.batch, "token_mask": self.masks[0.5]})
+            self.add(FLASH, self.batch["input_ids"].numel(), torch.compile(flash, dynamic=False), self.batch)
 
-    def add_padding_free(self) -> None:
+    def add_masked(self) -> None:
+        masked = regate_fx.compile(self.model, reference=True)
+        everything = self.batch["input_ids"].numel()
+        self.add(MASKED, everything, masked, {**self.batch, "token_mask": self.masks[0.5]})
+
+    def add_one_row(self) -> None:
         arguments = without_padding(self.batch)
         compiled = torch.compile(self.model, dynamic=False)
-        self.add(PADDING_FREE, arguments["input_ids"].numel(), compiled, arguments)
+        self.add(ONE_ROW, arguments["input_ids"].numel(), compiled, arguments)
 
     def add_random_ltd(self) -> None:
         S, depth = self.shape.S, self.shape.layers
         positions = self.shape.B * (2 * S + (depth - 2) * S // 2) // depth
-        dropping = torch.compile(random_ltd_model(self.model, 0.5), dynamic=False)
-        self.add(LTD, positions, dropping, self.batch)
+        dropping = torch.compile(random_ltd_model(causal_only_model(self.model), 0.5), dynamic=False)
+        arguments = {**self.batch, "attention_mask": torch.ones_like(self.batch["input_ids"])}
+        self.add(LTD, positions, dropping, arguments)
 
     def add_hand_packed(self, shares: Iterable[float]) -> None:
         packed_model = causal_only_model(self.model)
@@ -110,27 +133,27 @@ class Rows:
 
     def add_with_gate(self) -> None:
         """The whole runtime on top, with a random half of the labels. Calls that bring a mask keep theirs."""
-        self.gated.gate, batch = make_gate(self.batch)
-        self.add(WITH_GATE, int(self.gated.gate.select(batch).sum()), self.gated, batch)
+        examples = [
+            {"sample_id": n, **{key: self.batch[key][n].tolist() for key in ("input_ids", "labels")}}
+            for n in range(self.shape.B)
+        ]
+        table = label_table(examples, _collate, special_ids=())
+        sparse = DualCycle(keep=0.5, warmup=0, cycle=1, dense=0)
+        gate = ReGate(
+            table, schedule=sparse, policy="random", collator=_collate, special_ids=(), visual_ids=()
+        )
+        self.gated.gate = gate
+
+        def forward() -> Any:
+            batch = gate.collate(examples)
+            return self.gated(**{key: value.to(self.device) for key, value in batch.items()})
+
+        self.rows[WITH_GATE] = Row(forward, self.model, self.optimizer)
+        self.positions[WITH_GATE] = int(gate.select(gate.collate(examples)).sum())
 
 
-def make_gate(batch: dict[str, Tensor]) -> tuple[ReGate, dict[str, Any]]:
-    """A gate that keeps a random half of the labels in every step, and the batch as it collates it."""
-    kept = {key: value for key, value in batch.items() if key != "pixel_values"}
-    examples = [
-        {"sample_id": n, **{key: value[n].tolist() for key, value in kept.items()}}
-        for n in range(batch["input_ids"].shape[0])
-    ]
-
-    def collate(some: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return {key: torch.tensor([example[key] for example in some]) for key in kept}
-
-    table = label_table(examples, collate, special_ids=())
-    sparse = DualCycle(keep=0.5, warmup=0, cycle=1, dense=0)
-    gate = ReGate(table, schedule=sparse, policy="random", collator=collate, special_ids=(), visual_ids=())
-    device = batch["input_ids"].device
-    collated = {key: value.to(device) for key, value in gate.collate(examples).items()}
-    return gate, {**batch, **collated}
+def _collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return {key: torch.tensor([example[key] for example in examples]) for key in ("input_ids", "labels")}
 
 
 def _has_flash_attn() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +22,8 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     found = Terminal()
-    monkeypatch.setattr(sys, "stderr", found)
+    # Between a fixture and its test pytest sets `sys.stderr` itself.
+    monkeypatch.setattr("regate_fx.waiting.sys", SimpleNamespace(stderr=found))
     return found
 
 

@@ -15,7 +15,10 @@ import argparse
 import gc
 import json
 import math
+import os
 import statistics
+import sys
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -94,11 +97,12 @@ def curves(axis: str, base: Shape, device: Device, repetitions: int, console: Co
         for point in group:
             batch = make_batch(point.shape, device.name, device.dtype)
             masked = {**batch, "token_mask": keep(batch, point.share)}
-            rows[f"gated {point.value:g}"] = Row(
-                lambda masked=masked, gated=gated: gated(**masked), optimizer
-            )
-            rows[f"dense {point.value:g}"] = Row(lambda batch=batch, dense=dense: dense(**batch), optimizer)
-        for name, timing in take_turns(rows, device, repetitions, console).items():
+            rows[f"gated {point.value:g}"] = Row(lambda x=masked, f=gated: f(**x), model, optimizer)
+            rows[f"dense {point.value:g}"] = Row(lambda x=batch, f=dense: f(**x), model, optimizer)
+        with tempfile.TemporaryDirectory() as empty:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
+            timings = take_turns(rows, device, repetitions, console)
+        for name, timing in timings.items():
             row, _, value = name.partition(" ")
             found[row, float(value)] = timing
         del model, optimizer, gated, dense, rows
@@ -170,9 +174,7 @@ def main() -> None:
     torch.manual_seed(0)
     device, console = Device(args.device), Console()
     found: list[Curve] = []
-    command = (
-        f"python tests/benchmarks/bench_growth.py --device {args.device} --repetitions {args.repetitions}"
-    )
+    command = " ".join(["python tests/benchmarks/bench_growth.py", *sys.argv[1:]])
     for axis in args.axes:
         found += curves(axis, BASE[args.device], device, args.repetitions, console)
         write(found, BASE[args.device], command, device, args.results)

@@ -33,7 +33,7 @@ class Waiting:
     def over(self) -> None:
         """The call returns; says how long it took if there was any stage."""
         if self._began is not None:
-            _say(f"this call took {time.perf_counter() - self._began:.1f} s; the next ones will not compile")
+            _say(f"this call took {time.perf_counter() - self._began:.1f} s")
         self._began = None
 
 

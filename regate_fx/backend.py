@@ -13,6 +13,7 @@ from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from regate_fx.dynamo_settings import own_cache_entries
 from regate_fx.errors import LayerRefusal, NotGateable, PassFailed
 from regate_fx.inductor import Inductor
 from regate_fx.layerwise import LayerwiseGraph, compile_parts
@@ -94,7 +95,8 @@ class GatingBackend:
         if bounds and self.sharding is not None:
             reason = "the model clamps a parameter as it runs, which here is a stand-in for a sharded one"
             raise NotGateable([LayerRefusal(None, "sharded-write", reason)])
-        compiled = self._compile(run, example_inputs)
+        with own_cache_entries():
+            compiled = self._compile(run, example_inputs)
         reference = functools.cache(lambda: _dense_reference(normalised))
         ran = self.captures.ran
 

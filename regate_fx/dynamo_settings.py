@@ -25,8 +25,6 @@ def capture_settings(whole: bool) -> Iterator[None]:
     In a model that is several graphs, what passes from one to the next has symbolic sizes too. Each is a symbol of its
     own: as many image features as positions must not be taken for positions. In a single graph, numbers read from
     tensors are captured too; vision-language models compare that of image positions with that of image features.
-
-    The compile caches on disk know an operator by its name alone: what they hold of another version of ours is stale.
     """
     dynamo = torch._dynamo.config.patch(
         assume_static_by_default=whole,
@@ -41,14 +39,17 @@ def capture_settings(whole: bool) -> Iterator[None]:
         fail_on_recompile_limit_hit=whole,
         specialize_float=True,
     )
-    tag = torch.compiler.config.cache_key_tag
-    tagged = tag if tag.endswith(_ops_tag()) else tag + _ops_tag()
-    with (
-        dynamo,
-        torch.fx.experimental._config.patch(use_duck_shape=False),
-        torch.compiler.config.patch(cache_key_tag=tagged),
-    ):
+    with dynamo, torch.fx.experimental._config.patch(use_duck_shape=False):
         yield
+
+
+def own_cache_entries() -> contextlib.AbstractContextManager[None]:
+    """Settings for compiling a graph with our operators.
+
+    The compile caches on disk know an operator by its name alone: what they hold of another version of ours is stale.
+    """
+    tag = torch.compiler.config.cache_key_tag + _ops_tag()
+    return torch.compiler.config.patch(cache_key_tag=tag)
 
 
 @cache

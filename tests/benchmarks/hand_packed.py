@@ -6,10 +6,8 @@ of all samples that are no padding.
 
 from __future__ import annotations
 
-import copy
-
 import torch
-from step_models import IGNORED, predicted
+from step_models import IGNORED, predicted, with_same_weights
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -22,9 +20,8 @@ def causal_only_model(model: PreTrainedModel) -> PreTrainedModel:
     """
     AttentionInterface.register("causal_only", sdpa_attention_forward)
     AttentionMaskInterface.register("causal_only", lambda *args, **kwargs: None)
-    packed = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    decoder = packed.get_decoder()
-    decoder.set_attn_implementation("causal_only")
+    packed: PreTrainedModel = with_same_weights(model)
+    packed.get_decoder().set_attn_implementation("causal_only")
     return packed
 
 

@@ -8,10 +8,10 @@ Shapes: B samples, S positions, K positions of each sample that a layer computes
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
+from hand_packed import causal_only_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -50,7 +50,7 @@ class Dropping(nn.Module):
 
 def random_ltd_model(model: PreTrainedModel, share: float) -> PreTrainedModel:
     """The same parameters, all layers but the first and the last dropping positions. For batches without padding."""
-    dropping = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    dropping = causal_only_model(model)
     layers = dropping.get_decoder().layers
     for n in range(1, len(layers) - 1):
         layers[n] = Dropping(layers[n], share)

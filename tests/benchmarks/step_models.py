@@ -5,6 +5,7 @@ Shapes: B samples, S positions.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 IGNORED = -100
-FAMILIES = ("llama", "qwen2", "internvl")
 # Widths of Llama 3's and Qwen2's models of that size; "small" and "medium" are for the CPU.
 WIDTHS: dict[str, dict[str, int]] = {
     "8b": {
@@ -96,8 +96,13 @@ def make_model(shape: Shape, device: str, dtype: torch.dtype) -> Any:
     return model
 
 
+def with_same_weights(model: nn.Module) -> Any:
+    """Another model of the same kind, whose parameters are those of `model`."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
 def _vision(shape: Shape) -> dict[str, Any]:
-    """InternViT-300M's widths beside a large decoder, a quarter of the decoder's beside a small one."""
+    """InternViT-300M's widths beside a large decoder, half of the decoder's beside a small one."""
     large = shape.width in ("8b", "1b")
     width = 1024 if large else WIDTHS[shape.width]["hidden_size"] // 2
     return {

@@ -5,7 +5,6 @@ Shapes: B samples, S positions.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from clock import Row
 from hand_packed import causal_only_model, pack, without_padding
 from peft import LoraConfig, get_peft_model
 from random_ltd import random_ltd_model
-from step_models import Shape, keep, make_batch, make_model
+from step_models import Shape, keep, make_batch, make_model, with_same_weights
 from torch import Tensor
 
 import regate_fx
@@ -98,7 +97,7 @@ class Rows:
     def add_flash(self) -> None:
         """Where it is installed. Of a single sample, transformers decides by a tensor whether it is packed."""
         if self.device == "cuda" and _has_flash_attn() and self.shape.B > 1:
-            flash = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
+            flash = with_same_weights(self.model)
             flash.set_attn_implementation("flash_attention_2")
             self.add(FLASH, self.batch["input_ids"].numel(), torch.compile(flash, dynamic=False), self.batch)
 
@@ -115,7 +114,7 @@ class Rows:
     def add_random_ltd(self) -> None:
         S, depth = self.shape.S, self.shape.layers
         positions = self.shape.B * (2 * S + (depth - 2) * S // 2) // depth
-        dropping = torch.compile(random_ltd_model(causal_only_model(self.model), 0.5), dynamic=False)
+        dropping = torch.compile(random_ltd_model(self.model, 0.5), dynamic=False)
         arguments = {**self.batch, "attention_mask": torch.ones_like(self.batch["input_ids"])}
         self.add(LTD, positions, dropping, arguments)
 

@@ -109,6 +109,10 @@ class Experts(nn.Module):
         weights = weights / weights.sum(-1, keepdim=True)
         compute = {
             "loop_experts": self._looped,
+            "where_experts": self._added_up,
+            "masked_experts": self._masked,
+            "placed_experts": self._placed,
+            "counted_experts": self._counted,
             "dense_experts": self._dense,
             "bmm_experts": self._batched,
             "picked_experts": self._picked,
@@ -128,6 +132,42 @@ class Experts(nn.Module):
             computed = self._expert(index, tokens[token]) * weights[token, choice, None]
             result.index_add_(0, token, computed)
         return result
+
+    def _added_up(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Each expert's tokens found among the choices, its results added to their rows."""
+        result = torch.zeros_like(tokens)
+        for index in range(EXPERTS):
+            token, choice = torch.where(chosen == index)
+            result[token] += self._expert(index, tokens[token]) * weights[token, choice, None]
+        return result
+
+    def _masked(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Each expert's tokens picked by a mask over tokens."""
+        result = torch.zeros_like(tokens)
+        for index in range(EXPERTS):
+            taken = chosen == index
+            mask = taken.any(dim=-1)
+            share = (weights * taken).sum(-1, keepdim=True)
+            result[mask] = result[mask] + self._expert(index, tokens[mask]) * share[mask]
+        return result
+
+    def _placed(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """DeepSeek's way in training: a row for each choice of a token, filled by its expert."""
+        rows, ids = tokens.repeat_interleave(CHOSEN, dim=0), chosen.view(-1)
+        filled = torch.empty_like(rows)
+        for index in range(EXPERTS):
+            filled[ids == index] = self._expert(index, rows[ids == index])
+        return (filled.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
+
+    def _counted(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Rows sorted by expert and cut where the next expert's begin."""
+        ids = chosen.flatten()
+        order = ids.argsort()
+        counts = F.one_hot(ids, EXPERTS).sum(dim=0).tolist()
+        parts = tokens[order // CHOSEN].split(counts)
+        computed = torch.cat([self._expert(index, part) for index, part in enumerate(parts)])
+        shares = weights.flatten()[order].unsqueeze(-1)
+        return torch.zeros_like(tokens).index_add(0, order // CHOSEN, computed * shares)
 
     def _dense(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Every expert on every token, weighted with zero where it was not chosen."""

@@ -60,9 +60,9 @@ LAYER: dict[str, Weights] = {
     "norm": {"none": 0.5, "layer": 2, "rms": 2, "rms_module": 1, "l2": 0.4},
     "place": {"pre": 4, "post": 1, "sandwich": 1, "parallel": 1},
     "mlp": {
-        "none": 0.4, "gelu": 2, "swiglu": 2, "addmm": 1, "loop_experts": 0.2, "dense_experts": 0.7,
-        "bmm_experts": 0.7, "picked_experts": 0.7, "soft_experts": 0.4, "sorted_experts": 0.7,
-        "pointwise": 0.3,
+        "none": 0.4, "gelu": 2, "swiglu": 2, "addmm": 1, "pointwise": 0.3, "loop_experts": 0.5, "where_experts": 0.5,
+        "masked_experts": 0.5, "placed_experts": 0.5, "counted_experts": 0.5, "dense_experts": 0.7, "bmm_experts": 0.7,
+        "picked_experts": 0.7, "soft_experts": 0.4, "sorted_experts": 0.7,
     },
     "residual": {"add": 4, "scaled": 1, "learned": 1, "in_place": 1, "mixed": 0.5},
     "dropout": {False: 4, True: 1},

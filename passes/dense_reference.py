@@ -20,10 +20,13 @@ from regate_fx.passes.base import PassContext, PassResult, Refused, fake, fake_m
 from regate_fx.passes.contractions import operands_of, with_operand, zeroed
 from regate_fx.passes.emit import Emitter
 from regate_fx.passes.layers import DecoderStack, Layer
+from regate_fx.passes.layouts import Layout, Layouts
 from regate_fx.passes.plan_nodes import PlanNodes
 from regate_fx.passes.rules import Kind, Operands
 from regate_fx.passes.rules_math import MASKABLE
+from regate_fx.passes.scalars import positions_in_divisor
 from regate_fx.passes.token_axes import TokenAxes
+from regate_fx.passes.token_sums import TokenSums
 
 aten = torch.ops.aten
 
@@ -32,8 +35,8 @@ aten = torch.ops.aten
 class DenseReference:
     """Mask the captured graph in place instead of rewriting it on active rows.
 
-    Rewrites every gated layer and every loss. Refuses models without a residual stream, of which no layer's input and
-    output could be named, and values whose token axes are folded with features.
+    Rewrites every gated layer, every loss and every other sum over tokens. Refuses models without a residual stream, of
+    which no layer's input and output could be named, and values whose token axes are folded with features.
     """
 
     name: str = "dense_reference"
@@ -47,6 +50,9 @@ class DenseReference:
         losses = [node for node, kind in rewrite.analysis.kinds.items() if kind is Kind.LOSS]
         for node in losses:
             rewrite.mask_loss(node)
+        for node in rewrite.sums.begin_at(rewrite.analysis):
+            rewrite.mask_sum(node)
+        rewrite.count_active()
         ctx.findings["loss"] = bool(losses)
         return PassResult(gm, len(gated) + len(losses))
 
@@ -59,9 +65,11 @@ class _Reference:
         self.stack: DecoderStack = ctx.findings["layers"]
         self.plan: PlanNodes = ctx.findings["plan"]
         self.symbols = self.analysis.symbols
+        self.sums: TokenSums = ctx.findings["token_sums"]
         with self.graph.inserting_before(_first_operator(gm)):
             self.active = self.emit.call(aten.ge.Scalar, self.plan.row_of, 0)
             self.elided = self.emit.call(aten.logical_not.default, self.active)
+            self.layouts = Layouts(self.emit, self.plan)
         self.held: dict[fx.Node, fx.Node] = {}
 
     def mask_layer(self, layer: Layer) -> None:
@@ -217,6 +225,43 @@ class _Reference:
         node.replace_all_uses_with(loss)
         self.graph.erase_node(node)
 
+    # -- other sums over tokens ---------------------------------------------------------------------------
+
+    def mask_sum(self, node: fx.Node) -> None:
+        """Leave elided tokens out of a sum, or of a mean."""
+        op = Operands(node, self.analysis.axes, self.symbols)
+        summand = _SUMMANDS.get(operator_name(node))
+        if summand is None:
+            raise Refused("no-reference", f"{operator_name(node)} sums over tokens in an unknown way", node)
+        values = op[summand.name]
+        with self.emit.like(node), self.graph.inserting_before(node):
+            kept = self.layouts.align(self.active, op.axes(values), (Token.B, Token.S), Layout.DENSE)
+            masked = self.emit.call(aten.where.ScalarOther, kept, values, summand.filler)
+        node.replace_input_with(values, masked)
+        if operator_name(node) == "aten.mean":
+            self._correct_mean(node)
+
+    def _correct_mean(self, mean: fx.Node) -> None:
+        """A mean over all positions, zero at elided ones, as one over the active ones."""
+        with self.emit.like(mean), self.graph.inserting_before(mean.next):
+            every = self.emit.call(aten.sum.default, self.emit.call(aten.ones_like.default, self.active))
+            share = self.emit.call(aten.div.Tensor, every, self._count())
+            corrected = self.emit.call(aten.mul.Tensor, mean, share)
+        mean.replace_all_uses_with(corrected, delete_user_cb=lambda user: user is not corrected)
+
+    def count_active(self) -> None:
+        """Divide sums that were divided by the number of positions by that of active ones."""
+        for node in self.sums.plain:
+            times = positions_in_divisor(node, self.symbols)
+            if times is not None:
+                with self.emit.like(node), self.graph.inserting_before(node):
+                    count = self.emit.call(aten.mul.Scalar, self._count(), float(times))
+                node.args = (node.args[0], count)
+
+    def _count(self) -> fx.Node:
+        """How many positions are active."""
+        return self.emit.call(aten.sum.default, self.active)
+
     def _logits_rows(self, op: Operands) -> fx.Node:
         """bool [rows of the logits]: which are active."""
         active, rows = self.active, op.axes("self").dims[0]
@@ -227,6 +272,22 @@ class _Reference:
                 end = -factor.tail if factor.tail else 2**63 - 1
                 active = self.emit.call(aten.slice.Tensor, active, 1, factor.head, end)
         return self.emit.call(aten.reshape.default, active, [-1])
+
+
+@dataclass(frozen=True)
+class _Summand:
+    """The operand of a sum over tokens, and what stands in it for a token that is left out."""
+
+    name: str
+    filler: float
+
+
+_SUMMANDS = {
+    "aten.sum": _Summand("self", 0),
+    "aten.mean": _Summand("self", 0),
+    "aten.scatter_add": _Summand("src", 0),
+    "aten.histc": _Summand("self", -1),  # less than any id, and not counted
+}
 
 
 def _first_operator(gm: fx.GraphModule) -> fx.Node:

@@ -27,6 +27,7 @@ from regate_fx.passes.base import (
     operator_name,
     reads_number,
 )
+from regate_fx.passes.bucket import refuse_counted_rows
 from regate_fx.passes.emit import Emitter
 from regate_fx.passes.layers import DecoderStack
 from regate_fx.passes.layouts import Layout, Layouts
@@ -36,8 +37,16 @@ from regate_fx.passes.rewrite_attention import emit_compact, emit_kernel
 from regate_fx.passes.rewrite_loss import LossRewrite, emit_loss
 from regate_fx.passes.rules import Kind, Operands
 from regate_fx.passes.rules_shape import is_whole_slice
-from regate_fx.passes.scalars import SCALARS, is_count, is_token_number, scalar_expr, size_arguments
+from regate_fx.passes.scalars import (
+    SCALARS,
+    is_count,
+    is_token_number,
+    positions_in_divisor,
+    scalar_expr,
+    size_arguments,
+)
 from regate_fx.passes.token_axes import TokenAxes
+from regate_fx.passes.token_sums import TokenSums
 from regate_fx.passes.token_symbols import TokenSymbols, size_expr
 
 aten = torch.ops.aten
@@ -45,14 +54,20 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class ElideTokens:
-    """Write the graph anew with the gated layers on active rows only; `rewrites` counts the gated attentions."""
+    """Write the graph anew with the gated layers on active rows only; `rewrites` counts the gated attentions.
 
+    bucketed: the plan has rows that are no position's. Refuses graphs that sum over rows elsewhere than in the loss.
+    """
+
+    bucketed: bool = False
     name: str = "elide_tokens"
     after: tuple[str, ...] = ("place",)
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         graph = fx.Graph()
-        rewriter = Rewriter(gm, graph, ctx)
+        if self.bucketed:
+            refuse_counted_rows(ctx)
+        rewriter = Rewriter(gm, graph, ctx, self.bucketed)
         rewriter.run()
         ctx.findings["loss"] = rewriter.loss.nll is not None
         # Not by the setter, which writes the code too: that is done once, when all passes have run.
@@ -73,14 +88,16 @@ class _Values:
 class Rewriter:
     """Walks the captured graph in order and writes each node in the layout that `Placement` gave it."""
 
-    def __init__(self, gm: fx.GraphModule, graph: fx.Graph, ctx: PassContext) -> None:
+    def __init__(self, gm: fx.GraphModule, graph: fx.Graph, ctx: PassContext, bucketed: bool) -> None:
         self.gm = gm
+        self.bucketed = bucketed
         self.emit = Emitter(graph, fake_mode_of(gm))
         self.analysis: TokenAxes = ctx.findings["token_axes"]
         self.symbols: TokenSymbols = ctx.findings["symbols"]
         self.placement: Placement = ctx.findings["placement"]
         self.masks: dict[fx.Node, Any] = ctx.findings["masks"]
         self.plan: PlanNodes = ctx.findings["plan"]
+        self.sums: TokenSums = ctx.findings["token_sums"]
         self.layouts: Layouts
         self.loss = LossRewrite()
         self.segments = ctx.findings["layers"].segment
@@ -96,11 +113,6 @@ class Rewriter:
                 if node.op != "placeholder":
                     self._open_plan()  # not at the anchor: it may come after the embedding
                 self._emit_node(node)
-
-    @property
-    def plan_rows(self) -> fx.Node:
-        """int64 [N] in the new graph: flat position of every active row."""
-        return self._values[self.plan.rows].layouts[Layout.DENSE]
 
     # -- looking values up in the layout a consumer needs -------------------------------------------------
 
@@ -288,7 +300,7 @@ class Rewriter:
         rows, row_of, cu_seqlens = new(plan.rows), new(plan.row_of), new(plan.cu_seqlens)
         slots = (new(plan.slot_rows), new(plan.row_slots))
         moved = PlanNodes(rows, row_of, cu_seqlens, *slots, None, None, (), ())
-        self.layouts = Layouts(self.emit, moved)
+        self.layouts = Layouts(self.emit, moved, self.bucketed)
 
     def _reinstantiate(self, node: fx.Node, layout: Layout) -> fx.Node:
         """The node's own operator in another layout: operands moved, sizes replaced."""
@@ -322,6 +334,8 @@ class Rewriter:
     def _check_value(self, node: fx.Node, number: fx.Node, layout: Layout) -> None:
         """A number that a node computes with must be the same in this layout as in the captured graph."""
         is_active = layout is not Layout.DENSE
+        if is_active and node in self.sums.plain and positions_in_divisor(node, self.symbols) is not None:
+            return
         if is_count(fake(number), self.symbols) and (is_active or self._reads_packed(number)):
             counted = "how many tokens were picked"
         elif is_active and is_token_number(fake(number), self.symbols):

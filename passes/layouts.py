@@ -54,11 +54,16 @@ class Sizes:
 
 
 class Layouts:
-    """Moves token tensors of one new graph between layouts. `plan` holds nodes of that graph."""
+    """Moves token tensors of one new graph between layouts. `plan` holds nodes of that graph.
 
-    def __init__(self, emit: Emitter, plan: PlanNodes) -> None:
+    bucketed: the plan has rows that are no position's. They read the first position, so that what is computed of them
+    is finite, and nothing reads them: their gradients are zero, and stay out of that position's.
+    """
+
+    def __init__(self, emit: Emitter, plan: PlanNodes, bucketed: bool = False) -> None:
         self._emit = emit
         self._plan = plan
+        self._bucketed = bucketed
         self.sizes = {
             Layout.DENSE: Sizes(emit.size(plan.row_of, 0), emit.size(plan.row_of, 1)),
             Layout.PACKED: Sizes(1, emit.size(plan.rows, 0)),
@@ -74,20 +79,38 @@ class Layouts:
         return self._made[name]
 
     @property
+    def rows(self) -> fx.Node:
+        """int64 [N]: the flat position that each packed row reads."""
+        return self._reading("rows", self._plan.rows)
+
+    @property
+    def _row_slots(self) -> fx.Node:
+        """int64 [N]: the flat slot that each packed row reads."""
+        return self._reading("row_slots", self._plan.row_slots)
+
+    def _reading(self, name: str, index: fx.Node) -> fx.Node:
+        if not self._bucketed:
+            return index
+        return self._once(name, lambda: self._emit.call(aten.clamp.default, index, 0))
+
+    @property
+    def held(self) -> fx.Node | None:
+        """bool [N]: which packed rows are a position's; None where all are."""
+        if not self._bucketed:
+            return None
+        return self._once("held", lambda: self._emit.call(aten.ge.Scalar, self._plan.rows, 0))
+
+    @property
     def positions(self) -> fx.Node:
         """int64 [N]: original position of every packed row."""
         length = self.sizes[Layout.DENSE].length
-        return self._once(
-            "positions", lambda: self._emit.call(aten.remainder.Scalar, self._plan.rows, length)
-        )
+        return self._once("positions", lambda: self._emit.call(aten.remainder.Scalar, self.rows, length))
 
     @property
     def samples(self) -> fx.Node:
         """int64 [N]: sample of every packed row."""
         length = self.sizes[Layout.DENSE].length
-        return self._once(
-            "samples", lambda: self._emit.call(aten.floor_divide.Scalar, self._plan.rows, length)
-        )
+        return self._once("samples", lambda: self._emit.call(aten.floor_divide.Scalar, self.rows, length))
 
     @property
     def row_of(self) -> fx.Node:
@@ -104,7 +127,8 @@ class Layouts:
         """int64 [B, L]: packed row of every slot; where empty that of the sample's first, or of any if it has none."""
 
         def make() -> fx.Node:
-            firsts = self._emit.call(aten.slice.Tensor, self._plan.cu_seqlens, 0, 0, -1)
+            last = -2 if self._bucketed else -1
+            firsts = self._emit.call(aten.slice.Tensor, self._plan.cu_seqlens, 0, 0, last)
             count = self.sizes[Layout.PACKED].length
             firsts = self._emit.call(aten.remainder.Scalar, firsts, count)
             firsts = self._emit.call(aten._to_copy.default, firsts, dtype=torch.int64)
@@ -160,7 +184,7 @@ class Layouts:
             return self._repeat_samples(value, axes, consumer)
         if Token.B in factors or self.sizes[Layout.DENSE].batch == 1:
             front, order = self._to_front(exploded, factors)
-            rows = self._take(self._fold(front, factors), self._plan.rows, self.row_of, True, False)
+            rows = self._take(self._fold(front, factors), self.rows, self.row_of, True, False)
             return self._regroup(
                 self._back(self._unfold(rows, factors, Layout.PACKED), order), axes, Layout.PACKED
             )
@@ -175,7 +199,7 @@ class Layouts:
         dense = self._unfold(rows, factors, Layout.DENSE)
         scattered = self._regroup(self._back(dense, order), axes, Layout.DENSE)
         active = self._emit.call(aten.ge.Scalar, self._plan.row_of, 0)
-        shown = self._align(active, axes, (Token.B, Token.S), Layout.DENSE)
+        shown = self.align(active, axes, (Token.B, Token.S), Layout.DENSE)
         constant = self._emit.call(aten.detach.default, base)
         return self._emit.call(aten.where.self, shown, scattered, constant)
 
@@ -214,7 +238,7 @@ class Layouts:
         """Compact to packed."""
         exploded, factors = self._explode(value, axes, Layout.COMPACT)
         front, order = self._to_front(exploded, factors)
-        rows = self._take(self._fold(front, factors), self._plan.row_slots, self.slot_rows, True, False)
+        rows = self._take(self._fold(front, factors), self._row_slots, self.slot_rows, True, False)
         packed = self._unfold(rows, factors, Layout.PACKED)
         return self._regroup(self._back(packed, order), axes, Layout.PACKED)
 
@@ -238,7 +262,7 @@ class Layouts:
     def valid_at(self, axes: Axes, dim: int) -> fx.Node:
         """bool, broadcastable to a compact value of `axes`: which slots of its sequence axis `dim` hold a row."""
         single = Axes(tuple(d if Token.B in d or i == dim else () for i, d in enumerate(axes.dims)))
-        return self._align(self.slot_valid, single, (Token.B, Token.S), Layout.COMPACT)
+        return self.align(self.slot_valid, single, (Token.B, Token.S), Layout.COMPACT)
 
     # -- the steps of a move -----------------------------------------------------------------------------
 
@@ -319,6 +343,9 @@ class Layouts:
     def _take(self, value: fx.Node, index: fx.Node, inverse: fx.Node, total: bool, back: bool) -> fx.Node:
         if not fake(value).dtype.is_floating_point and total:
             return self._emit.call(aten.index.Tensor, value, [index])
+        if self._bucketed:
+            # Rows of a bucket read what another row reads, so that no map can be written along: only read.
+            total = back = False
         return self._emit.call(torch.ops.regate_fx.take_rows.default, value, index, inverse, total, back)
 
     def _repeat_samples(self, value: fx.Node, axes: Axes, consumer: Axes) -> fx.Node:
@@ -375,7 +402,7 @@ class Layouts:
             moved = self._emit.call(aten.expand.default, moved, sizes)
         return self._emit.call(aten.flatten.using_ints, moved, place, place + 1)
 
-    def _align(self, grid: fx.Node, axes: Axes, tokens: tuple[Token, Token], layout: Layout) -> fx.Node:
+    def align(self, grid: fx.Node, axes: Axes, tokens: tuple[Token, Token], layout: Layout) -> fx.Node:
         """A [B, S]-shaped grid as a view that broadcasts to a value of `axes` in `layout`."""
         factors = [f for dim in axes.dims for f in (dim if has_token(dim) else (1,))]
         present = [f for f in factors if f in tokens]

@@ -20,6 +20,7 @@ from regate_fx.passes.rewrite_attention import autocast_dtype
 from regate_fx.passes.rules import Kind, Operands
 from regate_fx.passes.token_axes import TokenAxes
 from regate_fx.passes.token_content import TokenContent, token_content
+from regate_fx.passes.token_sums import TokenSums, find_token_sums
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Placement:
 class Place:
     """Choose layouts; puts a `Placement` into the findings. Layers that cannot be gated stay dense and are named.
 
+    Beside it, as `token_sums`, the `TokenSums` it was made with.
     Refuses a graph in which packed values would be needed densely where no residual stream value can be scattered.
     """
 
@@ -51,12 +53,13 @@ class Place:
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         analysis: TokenAxes = ctx.findings["token_axes"]
         stack: DecoderStack = ctx.findings["layers"]
-        _refuse_mixed_sums(stack, analysis)
+        sums = find_token_sums(stack, analysis, ctx.findings["plan"])
+        ctx.findings["token_sums"] = sums
         content = token_content(gm.graph.nodes, stack, analysis)
         hidden = hidden_keys(gm.graph.nodes, stack, analysis, ctx.findings["padding"])
         for layer in stack.layers:
             layer.refused = _why_not(layer, stack, analysis, content, hidden)
-        placement = _Placer(gm, stack, analysis, ctx.findings["masks"]).place()
+        placement = _Placer(gm, stack, analysis, ctx.findings["masks"], sums).place()
         ctx.findings["placement"] = placement
         refusals = tuple(
             layer.refused.refusal(layer.index) for layer in stack.layers if layer.refused is not None
@@ -77,24 +80,6 @@ def _why_not(
     return None
 
 
-def _refuse_mixed_sums(stack: DecoderStack, analysis: TokenAxes) -> None:
-    """A sum over active rows must not meet one over all positions: `(loss * mask).sum() / mask.sum()`."""
-    for node in stack.content:
-        sums = [source for source in node.all_input_nodes if _is_sum(analysis.axes.get(source))]
-        if any(source in stack.content for source in sums) and any(
-            source not in stack.content for source in sums
-        ):
-            raise Refused(
-                "mixed-sums",
-                f"{operator_name(node)} combines a sum over the active tokens with one over all positions",
-                node,
-            )
-
-
-def _is_sum(axes: object) -> bool:
-    return isinstance(axes, Axes) and axes.aggregate
-
-
 def _of_losses(nodes: list[fx.Node], stack: DecoderStack, analysis: TokenAxes) -> set[fx.Node]:
     """Losses, and what is computed from them alone: active rows are all they need, whatever their logits are for."""
     found: set[fx.Node] = set()
@@ -113,12 +98,14 @@ class _Placer:
         stack: DecoderStack,
         analysis: TokenAxes,
         masks: dict[fx.Node, MaskProof],
+        sums: TokenSums,
     ) -> None:
         self.nodes = [node for node in gm.graph.nodes if node.op != "output"]
         self.output: fx.Node = gm.graph.output_node()
         self.stack = stack
         self.analysis = analysis
         self.masks = masks
+        self.sums = sums
         self.learned = learned_nodes(self.nodes)
         self.of_losses = _of_losses(self.nodes, stack, analysis)
         self.dense: set[int] = {layer.index for layer in stack.layers if layer.refused is not None}
@@ -134,7 +121,8 @@ class _Placer:
             self._find_scatter_points()
             needed_dense = self._needed_dense()
         for node in self.nodes:
-            if node in self.stack.content and node not in needed_dense and self._is_packable(node):
+            is_of_rows = node in self.stack.content or node in self.sums.beside
+            if is_of_rows and node not in needed_dense and self._is_packable(node):
                 self.placement.layouts[node] = self._layout(node)
         return self.placement
 
@@ -164,6 +152,8 @@ class _Placer:
     def _is_packable(self, node: fx.Node) -> bool:
         if node.op != "call_function" or node in self.analysis.unproven or fake(node) is None:
             return False
+        if node in self.sums.all:
+            return True
         if self.stack.segment[node] in self.dense:
             return node in self.of_losses
         kind = self.analysis.kinds.get(node)

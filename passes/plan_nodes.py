@@ -67,3 +67,13 @@ class FindPlan:
             rows, row_of, cu_seqlens, slot_rows, row_slots, attention_mask, labels, *map(tuple, slots)
         )
         return PassResult(gm, 0)
+
+
+def made_from(source: fx.Node) -> set[fx.Node]:
+    """A node and everything that depends on it: labels, say."""
+    found, todo = {source}, [source]
+    while todo:
+        fresh = [user for user in todo.pop().users if user not in found]
+        found.update(fresh)
+        todo.extend(fresh)
+    return found

@@ -16,6 +16,7 @@ from torch import fx
 from regate_fx.passes.axes import Axes, Cut, Token
 from regate_fx.passes.base import Refused, fake, is_tensor, operator_name
 from regate_fx.passes.layouts import Layout
+from regate_fx.passes.plan_nodes import made_from
 from regate_fx.passes.rules import Operands
 
 if TYPE_CHECKING:
@@ -125,7 +126,9 @@ def _targets(rewriter: Rewriter, op: Operands, values: fx.Node, filler: int) -> 
         shorter = emit.call(aten.reshape.default, values, [sizes.batch, -1])
         values = emit.call(aten.constant_pad_nd.default, shorter, [cut.head, cut.tail], filler)
         values = emit.call(aten.reshape.default, values, [-1])
-    return emit.call(aten.index.Tensor, values, [rewriter.plan_rows])
+    targets = emit.call(aten.index.Tensor, values, [rewriter.layouts.rows])
+    held = rewriter.layouts.held
+    return targets if held is None else emit.call(aten.where.ScalarOther, held, targets, filler)
 
 
 def _replayed(rewriter: Rewriter, target: fx.Node, loss: fx.Node, first: int) -> fx.Node:
@@ -139,7 +142,7 @@ def _replayed(rewriter: Rewriter, target: fx.Node, loss: fx.Node, first: int) ->
     index = emit.call(aten.add.Scalar, index, first)
     index = emit.call(aten.reshape.default, index, [sizes.batch, sizes.length])
     replayed: dict[fx.Node, fx.Node] = {labels: index}
-    from_labels = _made_from(labels)
+    from_labels = made_from(labels)
 
     def replay(node: fx.Node) -> Any:
         if node in replayed:
@@ -159,13 +162,3 @@ def _replayed(rewriter: Rewriter, target: fx.Node, loss: fx.Node, first: int) ->
     if target not in from_labels:
         raise Refused("loss", "computes a loss from something else than `labels`", loss)
     return replay(target)
-
-
-def _made_from(source: fx.Node) -> set[fx.Node]:
-    """A node and everything that depends on it."""
-    found, todo = {source}, [source]
-    while todo:
-        fresh = [user for user in todo.pop().users if user not in found]
-        found.update(fresh)
-        todo.extend(fresh)
-    return found

@@ -139,6 +139,8 @@ def _topk(op: Operands) -> Verdict:
 @rule("aten.gather", "aten.scatter", "aten.scatter_add", "aten.scatter_reduce", "aten.take_along_dim")
 def _along_dim(op: Operands) -> Verdict:
     dim = op.dim(op["dim"], op.axes("self"))
+    if operator_name(op.node) == "aten.scatter_add" and not op.axes("self").has_tokens:
+        return _added_up(op)
     operands = [op.axes(node) for node in op.tensors()]
     if any(has_token(axes.dims[dim]) for axes in operands):
         raise op.refuse("mixes-tokens", "indexes along a token axis")
@@ -153,6 +155,16 @@ def _along_dim(op: Operands) -> Verdict:
     if dim == len(result) - 1 and _writes_ones(op):
         result = replace(result, meaning=Meaning.ONE_HOT, key=op.key(op["index"]))
     return Verdict(result, merged.kind)
+
+
+def _added_up(op: Operands) -> Verdict:
+    """Entries added to those of a tensor without tokens, at the places that an index says: a sum over tokens."""
+    index, added = op.axes("index"), op.axes("src")
+    if not index.has_tokens and not added.has_tokens:
+        return Verdict(op.symbols.axes_of_shape(op.shape))
+    if index.dims != added.dims or index.sequences != 1 or len(index) != 1:
+        raise op.refuse("mixes-tokens", "adds up entries that are not one for each token row")
+    return Verdict(Axes(op.axes("self").dims, aggregate=True))
 
 
 def _writes_ones(op: Operands) -> bool:

@@ -250,9 +250,9 @@ def _repeat(op: Operands) -> Verdict:
 @rule("aten.repeat_interleave")
 def _repeat_interleave(op: Operands) -> Verdict:
     axes = op.axes("self")
-    if not isinstance(op["repeats"], int) or op["dim"] is None:
+    if not isinstance(op["repeats"], int) or (op["dim"] is None and len(axes) != 1):
         raise op.refuse("cuts-tokens", "repeats by counts or over flattened dimensions")
-    dim = op.dim(op["dim"], axes)
+    dim = op.dim(op["dim"] or 0, axes)
     if any(not isinstance(factor, (int, sympy.Expr, Token)) for factor in axes.dims[dim]):
         raise op.refuse("cuts-tokens", "repeats a token axis")
     result = axes.with_dims([*axes.dims[:dim], (*axes.dims[dim], op["repeats"]), *axes.dims[dim + 1 :]])

@@ -7,6 +7,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import ToFloat
 
 from regate_fx.passes.base import fake, operator_name
 from regate_fx.passes.token_symbols import TokenSymbols
@@ -57,3 +58,15 @@ def computes_with_sizes(node: fx.Node, symbols: TokenSymbols) -> bool:
             fx.map_arg(argument, found.append)
     fx.map_arg(node.kwargs, found.append)
     return any(is_token_number(fake(argument), symbols) for argument in found)
+
+
+def positions_in_divisor(node: fx.Node, symbols: TokenSymbols) -> sympy.Expr | None:
+    """How many times the number that a node divides by is that of all positions, B * S; None if it is no multiple."""
+    if operator_name(node) != "aten.div" or node.kwargs or not isinstance(node.args[1], fx.Node):
+        return None
+    value = fake(node.args[1])
+    if not isinstance(value, SCALARS):
+        return None
+    number = scalar_expr(value).replace(ToFloat, lambda whole: whole)
+    times = sympy.simplify(number / (symbols.batch * symbols.length))
+    return times if times.is_number else None

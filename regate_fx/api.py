@@ -30,13 +30,14 @@ def compile(
     scope: Scope = "model",
     strict: bool = True,
     fused_loss: bool | None = None,
+    bucket: int | None = None,
 ) -> Any:
     """Return `model` with one more argument, `token_mask`: the decoder computes only the positions it keeps.
 
     model:       any Hugging Face causal or vision-language model. It is shared, not copied.
     backend:     "inductor", "aot_eager", "eager", or a Dynamo backend of your own, for the rewritten graph.
     mode, options: Inductor's, as `torch.compile` takes them, for the rewritten graph. A mode with CUDA graphs records
-                 one for every new number of samples, positions and active positions.
+                 one for every new number of samples, positions and active positions: give it a `bucket`.
     keep_logits: return logits [B, S, V] from calls with labels too, at the price of computing them.
     validate:    check the compiled graph against the untouched model and the dense reference at the first call
                  that could train the model; raises `ValidationFailed` there.
@@ -52,6 +53,9 @@ def compile(
                  of computing logits twice; False: by the logits of all rows; None: True where those of the first batch
                  would take more than 1 GiB in float32. Heads whose logits are changed by more than a factor and a
                  soft-cap, or are read by anything but the loss, keep theirs.
+    bucket:      round the number of rows that are computed, and the most of a sample, up to multiples of this, so that
+                 few sizes serve all masks; the rows that fill it up belong to no sample and touch no result. The report
+                 says what they cost. Refused where a model counts rows elsewhere than in its loss.
 
     `gated(input_ids=..., labels=..., token_mask=mask)`, mask bool [B, S], returns an output with `loss` (mean over
     counted labels), `token_loss` float32 [B, S] and `counted` bool [B, S]. Without `token_mask` the untouched
@@ -70,8 +74,12 @@ def compile(
             "is False together with a gate, which learns from the per-token losses of gated calls.",
             "Drop one; `regate_fx.explain` says beforehand whether a model can be gated.",
         )
+    if bucket is not None and (isinstance(bucket, bool) or not isinstance(bucket, int) or bucket < 2):
+        raise InvalidInput(
+            "bucket", f"is {bucket!r}.", "Use None, or a number of rows from 2 on, such as 128."
+        )
     backend = chosen_backend(backend, mode, options)
     engine = GatedEngine(
-        original, Options(backend, keep_logits, validate, reference, scope, strict, fused_loss)
+        original, Options(backend, keep_logits, validate, reference, scope, strict, fused_loss, bucket)
     )
     return wrap(original, engine, gate)

@@ -19,6 +19,7 @@ from regate_fx.inductor import Inductor
 from regate_fx.layerwise import LayerwiseGraph, compile_parts
 from regate_fx.passes.base import Pass, PassContext, Refused
 from regate_fx.passes.bounds import Bound
+from regate_fx.passes.elide import ElideTokens
 from regate_fx.passes.head_loss import FuseHeadLoss
 from regate_fx.passes.pipeline import (
     ANALYSE,
@@ -67,6 +68,7 @@ class GatingBackend:
     sharding: of the model in the call that runs, whose parameters are then stand-ins.
     stops: raise `Captured` in place of running a graph; in `whole` mode then nothing of the model is computed.
     fused_loss: never build the logits of all rows for the loss; None where they would be large.
+    bucketed: plans come with rows that fill a bucket.
     tell: takes what is being done, while somebody waits for it.
     """
 
@@ -80,6 +82,7 @@ class GatingBackend:
     sharding: Sharding | None = None
     stops: bool = False
     fused_loss: bool | None = None
+    bucketed: bool = False
     tell: Callable[[str], None] = field(kw_only=True)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
@@ -179,6 +182,10 @@ class GatingBackend:
 
     def _chosen_passes(self) -> Sequence[Pass]:
         passes = LAYERWISE if self.layerwise else self.passes
+        if self.bucketed:
+            passes = [
+                ElideTokens(bucketed=True) if isinstance(step, ElideTokens) else step for step in passes
+            ]
         if self.fused_loss is None:
             return passes
         if self.fused_loss:

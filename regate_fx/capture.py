@@ -59,6 +59,19 @@ class Options:
     scope: Scope = "model"
     strict: bool = True
     fused_loss: bool | None = None
+    bucket: int | None = None
+
+
+@dataclass
+class ComputedRows:
+    """active: packed rows of all calls that are a position's; filling: those that only fill a bucket."""
+
+    active: int = 0
+    filling: int = 0
+
+    def add(self, plan: TokenPlan, sized: TokenPlan) -> None:
+        self.active += plan.active
+        self.filling += sized.active - plan.active
 
 
 class CapturedModel:
@@ -69,6 +82,7 @@ class CapturedModel:
     graphs: the rewritten graphs of the fullest capture so far, in their order.
     last: plan and padding mask [B, S] of the last call.
     has_run: the untouched model ran once.
+    rows: computed so far.
     """
 
     def __init__(self, model: nn.Module, options: Options, tell: Callable[[str], None]) -> None:
@@ -78,6 +92,7 @@ class CapturedModel:
         self.sharding: Sharding | None = None
         self.last: tuple[TokenPlan, Tensor | None] | None = None
         self.has_run = self._may_run = False
+        self.rows = ComputedRows()
         self._is_checking = False
         self._by_sample = False
         self._live = LivePlan()
@@ -90,7 +105,7 @@ class CapturedModel:
         layerwise = self.options.scope == "layers" and not self.options.reference
         self._backend = GatingBackend(
             self.options.backend, passes, whole=whole, referable=self._is_checking, layerwise=layerwise,
-            fused_loss=self.options.fused_loss, tell=self.tell,
+            fused_loss=self.options.fused_loss, bucketed=self.options.bucket is not None, tell=self.tell,
         )  # fmt: skip
         self.graphs: list[PipelineRun] = []
         self._runs: dict[frozenset[str], Callable[..., Any]] = {}
@@ -233,11 +248,12 @@ class CapturedModel:
     def _call(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
         captures = self._backend.captures
         inputs = self._with_padding_mask(plan, inputs)
+        sized = plan if self.options.bucket is None else plan.in_bucket(self.options.bucket)
         seen = captures.graphs, len(captures.refusals), len(captures.runs)
-        ties = mark_sizes(plan, inputs, self._by_sample)
+        ties = mark_sizes(sized, inputs, self._by_sample)
         labelled = inputs.get("labels") is not None
         wants_logits = self.options.keep_logits or not labelled
-        self._live.enter(plan, inputs)
+        self._live.enter(sized, inputs)
         captures.ran.clear()
         padding = self._live.attention_mask
         with (
@@ -264,6 +280,7 @@ class CapturedModel:
         if captures.graphs != seen[0]:
             self.graphs = fuller(captures.runs[seen[2] :], self.graphs)
         self.last = plan, padding
+        self.rows.add(plan, sized)
         if not labelled or self.options.reference or self._backend.is_referring:
             return GatedOutput(loss=loss, logits=logits)
         return GatedOutput(

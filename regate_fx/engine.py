@@ -21,7 +21,7 @@ from regate_fx.modes import evaluating
 from regate_fx.outputs import GatedOutput
 from regate_fx.passes.pipeline import PipelineRun
 from regate_fx.plan import TokenPlan
-from regate_fx.report import Report
+from regate_fx.report import Bucket, Report
 from regate_fx.sharded import find_sharding
 from regate_fx.single_position import lengthen, shorten
 from regate_fx.summary import all_dense, batch_tokens, summarise
@@ -61,6 +61,9 @@ class GatedEngine:
             return report
         report = summarise(self.captures, self._captured.graphs, tokens)
         report.validation = self.validation or ""
+        if self.options.bucket is not None:
+            rows = self._captured.rows
+            report.bucket = Bucket(self.options.bucket, rows.active, rows.filling)
         return report
 
     @property

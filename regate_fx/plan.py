@@ -1,6 +1,7 @@
 """From a token mask to the index tensors that the rewritten graph takes as inputs.
 
-Shapes: B samples, S positions, N active positions in the batch, L the most active positions of a sample.
+Shapes: B samples, S positions, N active positions in the batch, L the most active positions of a sample, N' and L'
+the same rounded up to a bucket.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from regate_fx.errors import InvalidInput
 @dataclass(frozen=True)
 class TokenPlan:
     """Which positions are active, as the index tensors the graph needs. All on the batch's device.
+
+    The plan of a bucket (`in_bucket`) has N' - N more rows, which are no position's: a sample of their own behind the
+    others, -1 in `rows` and in `row_slots`.
 
     rows:        int64 [N]    flat index `b * S + s` of every active position, ascending
     row_of:      int64 [B, S] inverse of `rows`: the packed row of a position, -1 where elided
@@ -36,8 +40,27 @@ class TokenPlan:
         """N, the number of active positions."""
         return self.rows.shape[0]
 
+    def in_bucket(self, multiple: int) -> TokenPlan:
+        """The same plan with N and L rounded up to multiples, so that few sizes serve all masks.
+
+        `cu_seqlens` becomes int32 [B+2], its last sample the rows that fill the bucket; they are fewer than L'.
+        """
+        N, L = self.active, self.slot_rows.shape[1]
+        rows, slots = (_rounded(size, multiple) for size in (N, L))
+        return TokenPlan(
+            F.pad(self.rows, (0, rows - N), value=-1),
+            self.row_of,
+            F.pad(self.cu_seqlens, (0, 1), value=rows),
+            F.pad(self.slot_rows, (0, slots - L), value=-1),
+            F.pad(self.row_slots + self.row_slots // L * (slots - L), (0, rows - N), value=-1),
+        )
+
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
+
+
+def _rounded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def check_token_mask(token_mask: object, batch: int, length: int, device: torch.device) -> Tensor:

@@ -64,6 +64,23 @@ class BatchTokens:
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """What rounding the number of rows up to multiples of `multiple` has cost in all calls so far.
+
+    active: rows computed that are an active position's; filling: those that are none's.
+    """
+
+    multiple: int
+    active: int
+    filling: int
+
+    @property
+    def share(self) -> float:
+        """Rows computed for nothing among all computed."""
+        return self.filling / max(self.active + self.filling, 1)
+
+
+@dataclass(frozen=True)
 class Expectation:
     """What `explain` assumes of training.
 
@@ -110,6 +127,7 @@ class Report:
     uncounted: products left out of the FLOPs because their size depends on data.
     fused_loss: the head and the losses are computed by chunks of rows, without logits of all active ones.
     expected:  in a report from `explain`, what it assumes of training.
+    bucket:    what rounding the number of rows up has cost so far; None where it is not rounded.
     fallback:  calls with a token mask run the untouched model (`strict=False`).
     validation: what the first call that could train was compared with, or why it was not; empty before it.
     cost_of:   estimated forward FLOPs of any other batch, as `cost` is for `batch`; None without a captured graph.
@@ -125,6 +143,7 @@ class Report:
     uncounted: int = 0
     fused_loss: bool = False
     expected: Expectation | None = None
+    bucket: Bucket | None = None
     fallback: bool = False
     validation: str = ""
     cost_of: Callable[[BatchTokens], Cost] | None = field(default=None, repr=False, compare=False)
@@ -159,6 +178,7 @@ class Report:
             "layers": [asdict(layer) for layer in self.layers],
             "head": asdict(self.head),
             "fused_loss": self.fused_loss,
+            "bucket": self.bucket and asdict(self.bucket) | {"share": self.bucket.share},
             "refusals": [str(refusal) for refusal in self.refusals],
             "fallback": self.fallback,
             "validation": self.validation,
@@ -246,6 +266,12 @@ def _lines(report: Report) -> Iterator[str]:
     if report.fused_loss:
         yield "Head and losses are computed by chunks of rows: the logits of all active rows never exist."
     yield from _share_lines(report)
+    if report.bucket is not None:
+        bucket = report.bucket
+        yield (
+            f"Rows are filled up to multiples of {bucket.multiple}: {bucket.share:.1%} of the rows computed so far "
+            f"are no token's, at most {bucket.multiple - 1} of a call."
+        )
     if report.uncounted:
         yield f"{report.uncounted} products whose size depends on data are not counted."
     if report.validation:

@@ -135,7 +135,8 @@ def _bias(sees: Visibility, sample: int, start: int, length: int, dtype: torch.d
     """Return what is added to the scores of one sample, [1, Hm or 1, T, T], or None."""
     positions = sees.positions.narrow(0, start, length)
     if sees.mask is not None:
-        of_sample = sees.mask[sample if sees.mask.shape[0] > 1 else 0]
+        # Behind the samples may come rows that are none's, of which it does not matter what they see.
+        of_sample = sees.mask[min(sample, sees.mask.shape[0] - 1)]
         return _additive(_active_pairs(of_sample, positions), dtype)[None]
     if sees.window == 0 or sees.window > int(positions[-1] - positions[0]):
         return None

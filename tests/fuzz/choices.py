@@ -110,4 +110,6 @@ DECODER: dict[str, Weights] = {
     "checkpoint": {False: 7, True: 1},
     "float32": {False: 4, True: 1},
     "keep_logits": {False: 4, True: 1},
+    "router_loss": {"none": 20, "mean": 0.5, "by_mask": 0.5, "by_position": 0.5, "by_expert": 0.7},
+    "bucket": {0: 10, 3: 1, 16: 1},
 }  # fmt: skip

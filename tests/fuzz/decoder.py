@@ -71,8 +71,9 @@ class Decoder(nn.Module):
         keys = None if memory_mask is None else memory_mask.bool()
         if self.memory is not None:
             memory = self.memory(memory, keys)
-        x = self._through_layers(from_grid(x, self.program.layout), input_ids, padding, memory, keys)
-        x = to_grid(x, self.program.layout, B, S)
+        x, first = self._through_layers(from_grid(x, self.program.layout), input_ids, padding, memory, keys)
+        routed = [to_grid(states, self.program.layout, B, S) for states in (first, x)]
+        x = routed[1]
         if self.program.after != "none":
             x = self.mix_after(x, padding)
         x = self.final_norm(x)
@@ -82,6 +83,8 @@ class Decoder(nn.Module):
         if self.program.float32:
             logits = logits.to(torch.float32)
         loss = None if labels is None else self._loss(logits, labels, padding, x)
+        if loss is not None and self.program.router_loss != "none":
+            loss = loss + 0.1 * sum(self._router_loss(states, padding) for states in routed)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     # -- before the layers -------------------------------------------------------------------------------------
@@ -166,7 +169,8 @@ class Decoder(nn.Module):
 
     def _through_layers(
         self, x: Tensor, ids: Tensor, padding: Tensor, memory: Tensor | None, memory_keys: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """What comes out of the last layer, and of the first."""
         program, layout = self.program, self.program.layout
         positions, bias = self._positions(padding), self._bias(padding, x.dtype)
         rotary: Pair | None = None
@@ -205,11 +209,16 @@ class Decoder(nn.Module):
             lent = kept if lent is None else lent
             state = self._held(index, before, after)
             outputs.append(state)
+        first = self._joined(outputs[1])
         if program.skips == "collected":
-            return sum((w * y for w, y in zip(self.collects, outputs[1:], strict=False)), start=x)
-        if program.streams == "stacked":
+            return sum((w * y for w, y in zip(self.collects, outputs[1:], strict=False)), start=x), first
+        return self._joined(state), first
+
+    def _joined(self, state: Any) -> Tensor:
+        """One tensor of all streams."""
+        if self.program.streams == "stacked":
             return state.sum(-2)
-        return state[0] + state[1] if program.streams == "two" else state
+        return state[0] + state[1] if self.program.streams == "two" else state
 
     def _skipped(self, index: int, state: Any, outputs: list[Tensor]) -> Any:
         """What a layer reads, with what came out of earlier ones. outputs: the embeddings, then of every layer."""
@@ -265,6 +274,24 @@ class Decoder(nn.Module):
         if kind == "with_penalty":
             return loss + 0.01 * self.embed.weight.square().sum()
         return 0.5 * loss if kind == "scaled" else loss
+
+    def _router_loss(self, states: Tensor, padding: Tensor) -> Tensor:
+        """A loss over all tokens, whatever their labels. states: [B, S, D]."""
+        kind = self.program.router_loss
+        rows, weights = states.reshape(-1, states.shape[-1]), padding.reshape(-1).to(states.dtype)
+        if self.elision is not None:
+            active = self.elision.active.reshape(-1)
+            rows, weights = rows[active], weights[active]
+        sharp = rows.logsumexp(-1).square()
+        if kind == "mean":
+            return sharp.mean()
+        if kind == "by_mask":
+            return (sharp * weights).sum() / weights.sum()
+        shares, chosen = rows[:, :4].softmax(-1), rows[:, :4].argmax(-1)
+        if kind == "by_position":
+            return (shares * F.one_hot(chosen, 4)).sum(0).square().sum() / rows.shape[0]
+        counts = rows.new_zeros(4).scatter_add(0, chosen.repeat_interleave(2), weights.repeat_interleave(2))
+        return (counts / weights.sum() * ((shares * weights[:, None]).sum(0) / weights.sum())).sum()
 
     def _moved(self, labels: Tensor, padding: Tensor) -> Tensor:
         """Labels [B, S] at the positions that predict them."""

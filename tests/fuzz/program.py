@@ -102,6 +102,8 @@ class Program:
     checkpoint: bool = False
     float32: bool = False
     keep_logits: bool = False
+    router_loss: str = "none"
+    bucket: int = 0
 
     @property
     def shifted(self) -> bool:

@@ -96,8 +96,9 @@ def judge(program: Program, hides: bool = True) -> Verdict:
 def _judge(model: Decoder, given: list[Batch], verdict: Verdict, hides: bool) -> None:
     program = model.program
     gated = regate_fx.compile(
-        model, backend="eager", validate=False, keep_logits=program.keep_logits, scope=program.scope
-    )
+        model, backend="eager", validate=False, keep_logits=program.keep_logits, scope=program.scope,
+        bucket=program.bucket or None,
+    )  # fmt: skip
     tolerance = SINGLE if program.float32 else EXACT
     for number, batch in enumerate(given):
         seen = _observe(gated, batch)

@@ -14,7 +14,7 @@ from choices import DECODER, LAYER
 from program import Layer, Program, draw, settle, shrink
 from verdict import judge
 
-SEEDS = tuple(range(20))
+SEEDS = tuple(range(12))
 KEPT = sorted((Path(__file__).parent / "kept").glob("*.json"))
 ALLOWED = ("equal", "equal, some dense", "unmatched", "unchecked", "refused")
 
@@ -46,6 +46,13 @@ def test_a_layer_that_mixes_runs_dense_beside_one_that_does_not() -> None:
     verdict = judge(Program(layers=(Layer(mix="running_mean", mix_at="input"), Layer())))
     assert verdict.status == "equal, some dense"
     assert verdict.kinds == {"dense": 1, "varlen": 1}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DECODER["router_loss"] if kind != "none"])
+def test_a_loss_over_all_tokens_is_over_the_active_ones(kind: str) -> None:
+    mixing = Layer(mix="running_mean", mix_at="input")
+    verdict = judge(Program(layers=(mixing, Layer(attend="scores")), router_loss=kind, keep_logits=True))
+    assert verdict.status == "equal, some dense", verdict
 
 
 def test_drawing_is_deterministic_and_programs_survive_json() -> None:

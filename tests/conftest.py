@@ -25,6 +25,9 @@ settings.register_profile("search", deadline=None, max_examples=100, suppress_he
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 torch.set_num_threads(1)
+# Compilers make objects by the million and hardly any garbage; searching them for it takes 15 % of a run. Every test
+# that compiles is followed by a collection.
+gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ from small_models import FIRST_WORD, MODELS, VOCABULARY, Side, build, random_bat
 
 import regate_fx
 
-BATCHES_PER_MODEL = 5
+BATCHES_PER_MODEL = 4
 
 
 @st.composite

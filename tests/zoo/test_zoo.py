@@ -22,12 +22,10 @@ GATED = (
     "causal:xlm-roberta-xl",  # positions offset by padding
     "causal:ctrl",  # sinusoidal positions, post norm
     "causal:whisper",  # decoder of an encoder-decoder, loss not shifted
-    "causal:marian",
     "causal:mllama",  # cross-attention layers without an image
     "causal:phi3",  # fused projections
     "causal:minicpm3",  # residual multipliers
     "causal:modernbert-decoder",  # alternating windows
-    "causal:dory",
     "causal:hrm_text",  # layers that run several times
     "image:paligemma",  # prefix attention
     "image:deepseek_vl",
@@ -36,7 +34,6 @@ GATED = (
 PICTURES = (
     "image:llava",
     "image:llava_next",  # pictures in several parts
-    "image:qwen2_5_vl",  # windows in the vision half, three-dimensional positions
     "image:aria",  # experts
     "image:instructblip",  # features queried from pictures
     "image:pp_formulanet",  # a decoder that attends to pictures

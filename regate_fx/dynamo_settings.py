@@ -26,21 +26,36 @@ def capture_settings(whole: bool) -> Iterator[None]:
     own: as many image features as positions must not be taken for positions. In a single graph, numbers read from
     tensors are captured too; vision-language models compare that of image positions with that of image features.
     """
-    dynamo = torch._dynamo.config.patch(
-        assume_static_by_default=whole,
-        capture_scalar_outputs=whole,
-        capture_dynamic_output_shape_ops=whole,
-        specialize_int=not whole,
-        force_nn_module_property_static_shapes=whole,
-        optimize_ddp=False,
-        ignore_logging_functions=_logging_methods(),
-        recompile_limit=TRACE_LIMIT,
-        # Past the limit Dynamo would run the model without the passes, and without a word.
-        fail_on_recompile_limit_hit=whole,
-        specialize_float=True,
-    )
-    with dynamo, torch.fx.experimental._config.patch(use_duck_shape=False):
+    # Entered in every call: `config.patch` makes a class each time, and writes what has its value already.
+    before: list[tuple[Any, str, Any]] = []
+    try:
+        for config, name, value in _settings(whole):
+            if (found := getattr(config, name)) != value:
+                before.append((config, name, found))
+                setattr(config, name, value)
         yield
+    finally:
+        for config, name, value in before:
+            setattr(config, name, value)
+
+
+@cache
+def _settings(whole: bool) -> tuple[tuple[Any, str, Any], ...]:
+    dynamo = {
+        "assume_static_by_default": whole,
+        "capture_scalar_outputs": whole,
+        "capture_dynamic_output_shape_ops": whole,
+        "specialize_int": not whole,
+        "force_nn_module_property_static_shapes": whole,
+        "optimize_ddp": False,
+        "ignore_logging_functions": _logging_methods(),
+        "recompile_limit": TRACE_LIMIT,
+        # Past the limit Dynamo would run the model without the passes, and without a word.
+        "fail_on_recompile_limit_hit": whole,
+        "specialize_float": True,
+    }
+    shapes = (torch.fx.experimental._config, "use_duck_shape", False)
+    return (*((torch._dynamo.config, name, value) for name, value in dynamo.items()), shapes)
 
 
 def own_cache_entries() -> contextlib.AbstractContextManager[None]:

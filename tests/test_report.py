@@ -378,7 +378,7 @@ def reasons(model: nn.Module, tokens: Tensor) -> list[str]:
 
 def test_a_state_space_model_is_refused_with_the_reason() -> None:
     config = MambaConfig(vocab_size=V, hidden_size=D, num_hidden_layers=2, state_size=4)
-    without, *operators = reasons(MambaForCausalLM(config), ids())
+    without, *operators = reasons(MambaForCausalLM(config), ids(length=5))
     assert "no attention over the decoder's positions" in without
     assert any("aten.conv1d" in reason and "modeling_mamba.py:" in reason for reason in operators)
 

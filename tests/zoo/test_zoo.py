@@ -52,7 +52,6 @@ WAYS_OF = {
 }
 REFUSED = {
     "causal:deepseek_v32": "aten.topk picks the largest along token positions",
-    "causal:falcon_mamba": "aten.conv1d",
 }
 
 

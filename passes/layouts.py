@@ -15,7 +15,6 @@ import enum
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import sympy
 import torch
@@ -24,10 +23,10 @@ from torch import fx
 from regate_fx.passes.axes import REORDERED, Axes, Dim, Factor, Token, has_token
 from regate_fx.passes.base import Refused, fake
 from regate_fx.passes.emit import Emitter
+from regate_fx.passes.plan_indices import PlanIndices, Size
 from regate_fx.passes.plan_nodes import PlanNodes
 
 aten = torch.ops.aten
-Size: TypeAlias = fx.Node | int
 
 
 class Layout(enum.Enum):
@@ -56,122 +55,20 @@ class Sizes:
 class Layouts:
     """Moves token tensors of one new graph between layouts. `plan` holds nodes of that graph.
 
-    bucketed: the plan has rows that are no position's. They read the first position, so that what is computed of them
-    is finite, and nothing reads them: their gradients are zero, and stay out of that position's.
+    bucketed: the plan has rows that are no position's. Nothing reads them: their gradients are zero, and stay out of
+    those of the position that they read.
     """
 
     def __init__(self, emit: Emitter, plan: PlanNodes, bucketed: bool = False) -> None:
         self._emit = emit
         self._plan = plan
         self._bucketed = bucketed
+        self.indices = indices = PlanIndices(emit, plan, bucketed)
         self.sizes = {
-            Layout.DENSE: Sizes(emit.size(plan.row_of, 0), emit.size(plan.row_of, 1)),
-            Layout.PACKED: Sizes(1, emit.size(plan.rows, 0)),
-            Layout.COMPACT: Sizes(emit.size(plan.slot_rows, 0), emit.size(plan.slot_rows, 1)),
+            Layout.DENSE: Sizes(indices.batch, indices.length),
+            Layout.PACKED: Sizes(1, indices.count),
+            Layout.COMPACT: Sizes(emit.size(plan.slot_rows, 0), indices.slots),
         }
-        self._made: dict[str, fx.Node] = {}
-
-    # -- index tensors derived from the plan, made once -------------------------------------------------
-
-    def _once(self, name: str, make) -> fx.Node:  # type: ignore[no-untyped-def]
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
-
-    @property
-    def rows(self) -> fx.Node:
-        """int64 [N]: the flat position that each packed row reads."""
-        return self._reading("rows", self._plan.rows)
-
-    @property
-    def _row_slots(self) -> fx.Node:
-        """int64 [N]: the flat slot that each packed row reads."""
-        return self._reading("row_slots", self._plan.row_slots)
-
-    def _reading(self, name: str, index: fx.Node) -> fx.Node:
-        if not self._bucketed:
-            return index
-        return self._once(name, lambda: self._emit.call(aten.clamp.default, index, 0))
-
-    @property
-    def held(self) -> fx.Node | None:
-        """bool [N]: which packed rows are a position's; None where all are."""
-        if not self._bucketed:
-            return None
-        return self._once("held", lambda: self._emit.call(aten.ge.Scalar, self._plan.rows, 0))
-
-    @property
-    def positions(self) -> fx.Node:
-        """int64 [N]: original position of every packed row."""
-        length = self.sizes[Layout.DENSE].length
-        return self._once("positions", lambda: self._emit.call(aten.remainder.Scalar, self.rows, length))
-
-    @property
-    def samples(self) -> fx.Node:
-        """int64 [N]: sample of every packed row."""
-        length = self.sizes[Layout.DENSE].length
-        return self._once("samples", lambda: self._emit.call(aten.floor_divide.Scalar, self.rows, length))
-
-    @property
-    def row_of(self) -> fx.Node:
-        """int64 [B*S]: packed row of every position, -1 where elided."""
-        return self._once("row_of", lambda: self._flat(self._plan.row_of))
-
-    @property
-    def slot_rows(self) -> fx.Node:
-        """int64 [B*L]: packed row of every slot, -1 where empty."""
-        return self._once("slot_rows", lambda: self._flat(self._plan.slot_rows))
-
-    @property
-    def _filled_slots(self) -> fx.Node:
-        """int64 [B, L]: packed row of every slot; where empty that of the sample's first, or of any if it has none."""
-
-        def make() -> fx.Node:
-            last = -2 if self._bucketed else -1
-            firsts = self._emit.call(aten.slice.Tensor, self._plan.cu_seqlens, 0, 0, last)
-            count = self.sizes[Layout.PACKED].length
-            firsts = self._emit.call(aten.remainder.Scalar, firsts, count)
-            firsts = self._emit.call(aten._to_copy.default, firsts, dtype=torch.int64)
-            firsts = self._emit.call(aten.unsqueeze.default, firsts, 1)
-            held = self._emit.call(aten.ge.Scalar, self._plan.slot_rows, 0)
-            return self._emit.call(aten.where.self, held, self._plan.slot_rows, firsts)
-
-        return self._once("filled_slots", make)
-
-    @property
-    def slot_valid(self) -> fx.Node:
-        """bool [B, L]: which slots are keys: those that hold a row; in a sample without any, which nobody reads, all.
-
-        What is computed over no key at all may be infinite, and its gradient no number.
-        """
-
-        def make() -> fx.Node:
-            held = self._emit.call(aten.ge.Scalar, self._plan.slot_rows, 0)
-            some = self._emit.call(aten.any.dim, held, 1, True)
-            return self._emit.call(
-                aten.logical_or.default, held, self._emit.call(aten.logical_not.default, some)
-            )
-
-        return self._once("slot_valid", make)
-
-    @property
-    def slot_positions(self) -> fx.Node:
-        """int64 [B, L]: original position of every slot's row."""
-        return self._once(
-            "slot_positions",
-            lambda: self._emit.call(aten.index.Tensor, self.positions, [self._filled_slots]),
-        )
-
-    @property
-    def max_seqlen(self) -> Size:
-        return self.sizes[Layout.COMPACT].length
-
-    @property
-    def cu_seqlens(self) -> fx.Node:
-        return self._plan.cu_seqlens
-
-    def _flat(self, node: fx.Node) -> fx.Node:
-        return self._emit.call(aten.reshape.default, node, [-1])
 
     # -- moves -----------------------------------------------------------------------------------------
 
@@ -184,18 +81,20 @@ class Layouts:
             return self._repeat_samples(value, axes, consumer)
         if Token.B in factors or self.sizes[Layout.DENSE].batch == 1:
             front, order = self._to_front(exploded, factors)
-            rows = self._take(self._fold(front, factors), self.rows, self.row_of, True, False)
+            rows = self._take(self._fold(front, factors), self.indices.rows, self.indices.row_of, True, False)
             return self._regroup(
                 self._back(self._unfold(rows, factors, Layout.PACKED), order), axes, Layout.PACKED
             )
-        picked = self._emit.call(aten.index_select.default, exploded, factors.index(Token.S), self.positions)
+        picked = self._emit.call(
+            aten.index_select.default, exploded, factors.index(Token.S), self.indices.positions
+        )
         return self._regroup(picked, axes, Layout.PACKED)
 
     def scatter(self, value: fx.Node, axes: Axes, base: fx.Node) -> fx.Node:
         """Packed to dense; elided positions show `base` (dense), as a constant."""
         exploded, factors = self._explode(value, axes, Layout.PACKED)
         front, order = self._to_front(exploded, factors)
-        rows = self._take(self._fold(front, factors), self.row_of, self._plan.rows, False, True)
+        rows = self._take(self._fold(front, factors), self.indices.row_of, self._plan.rows, False, True)
         dense = self._unfold(rows, factors, Layout.DENSE)
         scattered = self._regroup(self._back(dense, order), axes, Layout.DENSE)
         active = self._emit.call(aten.ge.Scalar, self._plan.row_of, 0)
@@ -228,9 +127,8 @@ class Layouts:
         if Token.S not in factors or axes.sequences > 1:
             raise Refused("layout", "only rows of tokens can be spread to slots")
         front, order = self._to_front(exploded, factors)
-        slots = self._take(
-            self._fold(front, factors), self._flat(self._filled_slots), self._plan.row_slots, True, True
-        )
+        slots = self._emit.call(aten.reshape.default, self.indices.filled_slots, [-1])
+        slots = self._take(self._fold(front, factors), slots, self._plan.row_slots, True, True)
         spread = self._unfold(slots, factors, Layout.COMPACT)
         return self._regroup(self._back(spread, order), axes, Layout.COMPACT)
 
@@ -238,7 +136,9 @@ class Layouts:
         """Compact to packed."""
         exploded, factors = self._explode(value, axes, Layout.COMPACT)
         front, order = self._to_front(exploded, factors)
-        rows = self._take(self._fold(front, factors), self._row_slots, self.slot_rows, True, False)
+        rows = self._take(
+            self._fold(front, factors), self.indices.row_slots, self.indices.slot_rows, True, False
+        )
         packed = self._unfold(rows, factors, Layout.PACKED)
         return self._regroup(self._back(packed, order), axes, Layout.PACKED)
 
@@ -262,7 +162,7 @@ class Layouts:
     def valid_at(self, axes: Axes, dim: int) -> fx.Node:
         """bool, broadcastable to a compact value of `axes`: which slots of its sequence axis `dim` hold a row."""
         single = Axes(tuple(d if Token.B in d or i == dim else () for i, d in enumerate(axes.dims)))
-        return self.align(self.slot_valid, single, (Token.B, Token.S), Layout.COMPACT)
+        return self.align(self.indices.slot_valid, single, (Token.B, Token.S), Layout.COMPACT)
 
     # -- the steps of a move -----------------------------------------------------------------------------
 
@@ -356,11 +256,11 @@ class Layouts:
         if (Token.B,) not in dims or length is None or length + offset < 0 or dims[length + offset] != ():
             raise Refused("layout", "a value per sample cannot be matched to token rows")
         batch, place = dims.index((Token.B,)), length + offset
-        rows = self._emit.call(aten.index_select.default, value, batch, self.samples)
+        rows = self._emit.call(aten.index_select.default, value, batch, self.indices.samples)
         return self._emit.call(aten.transpose.int, rows, batch, place)
 
     def _slot_indices(self, sequences: int, has_batch: bool) -> list[fx.Node]:
-        positions = self.slot_positions
+        positions = self.indices.slot_positions
         if sequences == 1:
             slots = [positions]
         else:

@@ -26,7 +26,7 @@ aten = torch.ops.aten
 def emit_kernel(rewriter: Rewriter, node: fx.Node) -> fx.Node:
     """`regate_fx::varlen_attention` in place of `scaled_dot_product_attention`; [1, H, N, d] in and out."""
     op = Operands(node, rewriter.analysis.axes, rewriter.symbols)
-    emit, layouts = rewriter.emit, rewriter.layouts
+    emit, indices = rewriter.emit, rewriter.layouts.indices
     query, key, value = (
         _as_autocast(rewriter, node, rewriter.value(operand, Layout.PACKED))
         for operand in (op["query"], *before_repeat(op["key"], op["value"]))
@@ -40,7 +40,7 @@ def emit_kernel(rewriter: Rewriter, node: fx.Node) -> fx.Node:
         seed = emit.call(aten.randint.low, -(2**62), 2**62, [1], dtype=torch.int64, device=fake(query).device)
     both = emit.call(
         torch.ops.regate_fx.varlen_attention.default,
-        query, key, value, layouts.cu_seqlens, layouts.max_seqlen, layouts.positions,
+        query, key, value, indices.cu_seqlens, indices.slots, indices.positions,
         mask, proof.causal, proof.window, scale, dropout, seed,
     )  # fmt: skip
     return emit.call(operator.getitem, both, 0)

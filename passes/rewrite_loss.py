@@ -58,7 +58,7 @@ class LossRewrite:
         """token_loss, float32 [B, S], and counted, bool [B, S], at label positions; zero and False elsewhere."""
         if self.nll is None:
             return
-        emit, plan = rewriter.emit, rewriter.layouts.row_of
+        emit, plan = rewriter.emit, rewriter.layouts.indices.row_of
         spare = emit.size(plan, 0)
         slots = emit.call(aten.new_zeros.default, plan, [_plus_one(rewriter, spare)], dtype=torch.float32)
         place = emit.call(aten.where.self, self.valid, self.label, _full(rewriter, self.label, spare))
@@ -126,8 +126,8 @@ def _targets(rewriter: Rewriter, op: Operands, values: fx.Node, filler: int) -> 
         shorter = emit.call(aten.reshape.default, values, [sizes.batch, -1])
         values = emit.call(aten.constant_pad_nd.default, shorter, [cut.head, cut.tail], filler)
         values = emit.call(aten.reshape.default, values, [-1])
-    targets = emit.call(aten.index.Tensor, values, [rewriter.layouts.rows])
-    held = rewriter.layouts.held
+    targets = emit.call(aten.index.Tensor, values, [rewriter.layouts.indices.rows])
+    held = rewriter.layouts.indices.held
     return targets if held is None else emit.call(aten.where.ScalarOther, held, targets, filler)
 
 
@@ -136,7 +136,7 @@ def _replayed(rewriter: Rewriter, target: fx.Node, loss: fx.Node, first: int) ->
     labels = rewriter.plan.labels
     if labels is None:
         raise Refused("loss", "computes a loss from something else than `labels`", loss)
-    grid = rewriter.layouts.row_of
+    grid = rewriter.layouts.indices.row_of
     emit, sizes = rewriter.emit, rewriter.layouts.sizes[Layout.DENSE]
     index = emit.call(aten.arange.default, emit.size(grid, 0), device=fake(grid).device)
     index = emit.call(aten.add.Scalar, index, first)

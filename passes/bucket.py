@@ -16,7 +16,7 @@ def refuse_counted_rows(ctx: PassContext) -> None:
     """Raise `Refused` at the first node that makes one number of many packed rows, unless it is the loss."""
     sums: TokenSums = ctx.findings["token_sums"]
     placement: Placement = ctx.findings["placement"]
-    for node in sums.begin_at(ctx.findings["token_axes"]):
+    for node in sums.begins:
         if placement.layout(node) is not Layout.DENSE:
             raise Refused(
                 "bucket",

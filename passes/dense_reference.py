@@ -45,13 +45,14 @@ class DenseReference:
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         rewrite = _Reference(gm, ctx)
         gated = [layer for layer in rewrite.stack.layers if layer.refused is None]
+        summands = {node: rewrite.summand(node) for node in rewrite.sums.begins}
         for layer in gated:
             rewrite.mask_layer(layer)
         losses = [node for node, kind in rewrite.analysis.kinds.items() if kind is Kind.LOSS]
         for node in losses:
             rewrite.mask_loss(node)
-        for node in rewrite.sums.begin_at(rewrite.analysis):
-            rewrite.mask_sum(node)
+        for node, summand in summands.items():
+            rewrite.mask_sum(node, summand)
         rewrite.count_active()
         ctx.findings["loss"] = bool(losses)
         return PassResult(gm, len(gated) + len(losses))
@@ -227,15 +228,19 @@ class _Reference:
 
     # -- other sums over tokens ---------------------------------------------------------------------------
 
-    def mask_sum(self, node: fx.Node) -> None:
-        """Leave elided tokens out of a sum, or of a mean."""
-        op = Operands(node, self.analysis.axes, self.symbols)
-        summand = _SUMMANDS.get(operator_name(node))
-        if summand is None:
+    def summand(self, node: fx.Node) -> _Summand:
+        """What a node sums. Asked before layers are masked, which puts other nodes in the place of those analysed."""
+        known = _SUMMANDS.get(operator_name(node))
+        if known is None:
             raise Refused("no-reference", f"{operator_name(node)} sums over tokens in an unknown way", node)
-        values = op[summand.name]
+        name, filler = known
+        return _Summand(name, Operands(node, self.analysis.axes, self.symbols).axes(name), filler)
+
+    def mask_sum(self, node: fx.Node, summand: _Summand) -> None:
+        """Leave elided tokens out of a sum, or of a mean."""
+        values = Operands(node, self.analysis.axes, self.symbols)[summand.name]
         with self.emit.like(node), self.graph.inserting_before(node):
-            kept = self.layouts.align(self.active, op.axes(values), (Token.B, Token.S), Layout.DENSE)
+            kept = self.layouts.align(self.active, summand.axes, (Token.B, Token.S), Layout.DENSE)
             masked = self.emit.call(aten.where.ScalarOther, kept, values, summand.filler)
         node.replace_input_with(values, masked)
         if operator_name(node) == "aten.mean":
@@ -279,14 +284,15 @@ class _Summand:
     """The operand of a sum over tokens, and what stands in it for a token that is left out."""
 
     name: str
+    axes: Axes
     filler: float
 
 
 _SUMMANDS = {
-    "aten.sum": _Summand("self", 0),
-    "aten.mean": _Summand("self", 0),
-    "aten.scatter_add": _Summand("src", 0),
-    "aten.histc": _Summand("self", -1),  # less than any id, and not counted
+    "aten.sum": ("self", 0.0),
+    "aten.mean": ("self", 0.0),
+    "aten.scatter_add": ("src", 0.0),
+    "aten.histc": ("self", -1.0),  # less than any id, and not counted
 }
 
 

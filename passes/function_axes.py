@@ -5,7 +5,7 @@ Its two bodies are recorded as functional ATen graphs, for the proof only, and a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,15 +54,25 @@ def function_verdict(op: Operands, analyse: Analyse) -> Verdict:
         if is_tensor(operand) and isinstance(value, torch.Tensor) and gradient.dims != axes.dims:
             raise op.refuse("function", "has a backward whose gradients do not have the axes of its inputs")
     found = fake(op.node)
+    unread = tuple(_unread(forward, operands))
     if isinstance(found, torch.Tensor):
-        return Verdict(next(axes for value, axes in outputs if isinstance(value, torch.Tensor)))
+        result = next(axes for value, axes in outputs if isinstance(value, torch.Tensor))
+        return Verdict(result, unread=unread)
     # What is no tensor has a stand-in that nobody reads.
     return Verdict(
         tuple(
             axes if isinstance(value, torch.Tensor) else op.symbols.axes_of_shape(stand_in.shape)
             for (value, axes), stand_in in zip(outputs, found, strict=True)
-        )
+        ),
+        unread=unread,
     )
+
+
+def _unread(forward: fx.GraphModule, operands: Sequence[Any]) -> Iterator[fx.Node]:
+    """Operands whose values no output has in it: a loss that is taken for its gradient alone."""
+    for operand, inside in zip(operands, forward.graph.find_nodes(op="placeholder"), strict=True):
+        if isinstance(operand, fx.Node) and not inside.users:
+            yield operand
 
 
 def _follow(

@@ -20,7 +20,7 @@ from regate_fx.passes.rewrite_attention import autocast_dtype
 from regate_fx.passes.rules import Kind, Operands
 from regate_fx.passes.token_axes import TokenAxes
 from regate_fx.passes.token_content import TokenContent, token_content
-from regate_fx.passes.token_sums import TokenSums, find_token_sums
+from regate_fx.passes.token_sums import TokenSums, find_token_sums, refuse_sums_over_all
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Place:
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         analysis: TokenAxes = ctx.findings["token_axes"]
         stack: DecoderStack = ctx.findings["layers"]
-        sums = find_token_sums(stack, analysis, ctx.findings["plan"])
+        sums = find_token_sums(gm.graph.nodes, stack, analysis, ctx.findings["plan"])
         ctx.findings["token_sums"] = sums
         content = token_content(gm.graph.nodes, stack, analysis)
         hidden = hidden_keys(gm.graph.nodes, stack, analysis, ctx.findings["padding"])
@@ -61,6 +61,8 @@ class Place:
             layer.refused = _why_not(layer, stack, analysis, content, hidden)
         placement = _Placer(gm, stack, analysis, ctx.findings["masks"], sums).place()
         ctx.findings["placement"] = placement
+        if any(layer.refused is None for layer in stack.layers):
+            refuse_sums_over_all(list(gm.graph.nodes), placement.layouts, stack, analysis)
         refusals = tuple(
             layer.refused.refusal(layer.index) for layer in stack.layers if layer.refused is not None
         )

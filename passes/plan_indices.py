@@ -21,8 +21,8 @@ Size: TypeAlias = fx.Node | int
 class PlanIndices:
     """What follows from the tensors of a plan, whose nodes `plan` holds.
 
-    bucketed: the plan has rows that are no position's. They read the first position, so that what is computed of them
-    is finite.
+    bucketed: the plan has rows that are no position's. They read what the first row reads, so that what is computed of
+    them is as finite as the rest.
     """
 
     def __init__(self, emit: Emitter, plan: PlanNodes, bucketed: bool) -> None:
@@ -108,7 +108,11 @@ class PlanIndices:
         return self._emit.call(aten.ge.Scalar, self._plan.slot_rows, 0)
 
     def _reading(self, index: fx.Node) -> fx.Node:
-        return self._emit.call(aten.clamp.default, index, 0) if self._bucketed else index
+        if not self._bucketed:
+            return index
+        first = self._emit.call(aten.slice.Tensor, index, 0, 0, 1)
+        is_held = self._emit.call(aten.ge.Scalar, index, 0)
+        return self._emit.call(aten.where.self, is_held, index, first)
 
     def _flat(self, node: fx.Node) -> fx.Node:
         return self._emit.call(aten.reshape.default, node, [-1])

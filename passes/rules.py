@@ -44,12 +44,14 @@ class Verdict:
 
     `reads_offsets`: the operator takes ends of groups of rows, and is known to compute each row by itself.
     `reads_numbers`: it takes numbers of rows, and is known to take them for nothing else.
+    `unread`: operands that are taken for their gradients alone.
     """
 
     axes: Result
     kind: Kind = Kind.ROWS
     reads_offsets: bool = False
     reads_numbers: bool = False
+    unread: tuple[fx.Node, ...] = ()
 
 
 Rule = Callable[["Operands"], Verdict]

@@ -175,7 +175,7 @@ def _counts(op: Operands) -> Verdict:
         return Verdict(op.symbols.axes_of_shape(op.shape))
     if axes.meaning in NUMBERING:
         raise op.refuse("row-numbers", "counts row numbers")
-    counted = Axes(((fake(op.node).shape[0],),), aggregate=True)
+    counted = Axes((op.symbols.dim_of_size(op.shape[0]),), aggregate=True)
     if op._arguments.get("weights") is not None:
         return Verdict(counted)
     if "bins" in op._arguments and (op["min"], op["max"]) != (0, op["bins"] - 1):

@@ -151,7 +151,11 @@ def _contain_aggregates(node: fx.Node, verdict: Verdict, analysis: TokenAxes) ->
 
     The ends of the experts' rows may: a grouped product reads them to tell rows apart, not to mix them.
     """
-    sums = [source for source in node.all_input_nodes if _is_aggregate(analysis.axes.get(source))]
+    sums = [
+        source
+        for source in node.all_input_nodes
+        if source not in verdict.unread and _is_aggregate(analysis.axes.get(source))
+    ]
     if not sums:
         return verdict
     results = parts_of(verdict.axes)

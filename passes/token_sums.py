@@ -1,98 +1,238 @@
-"""Sums over tokens outside attention: a router's auxiliary loss, say. They are sums over the active tokens.
+"""Sums over tokens beside attention and the loss, as in a router's auxiliary loss: they are over the active tokens.
 
-So is what they are divided by: a sum over the padding mask, or the number of positions.
+So is what they are divided by: a sum over the padding mask, or the number of positions. Any other number that depends
+on how many positions there are, or on which are padding or labelled, is over all positions, and refused beside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import fx
 
 from regate_fx.passes.axes import Axes, Meaning
-from regate_fx.passes.base import Refused, is_tensor, operator_name
+from regate_fx.passes.base import Refused, fake, is_tensor, operator_name
 from regate_fx.passes.layers import DecoderStack
 from regate_fx.passes.plan_nodes import PlanNodes, made_from
-from regate_fx.passes.rules import Kind
+from regate_fx.passes.rules import Kind, parts_of
+from regate_fx.passes.scalars import computes_with_sizes
 from regate_fx.passes.token_axes import TokenAxes
 
-# Rows of each expert, counted to find them again: that is no sum to be taken over other rows than are grouped.
-FOR_FINDING = (Meaning.COUNTS, Meaning.OFFSETS)
+# Rows of each expert, counted to find them again.
+_COUNTED = (Meaning.COUNTS, Meaning.OFFSETS)
+# What of a mask or of positions is no number of them.
+_NO_NUMBERS = {
+    "aten.amax", "aten.amin", "aten.max", "aten.min", "aten.any", "aten.all", "aten.new_ones", "aten.new_zeros",
+    "aten.new_full", "aten.new_empty",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TokenSums:
     """What sums over tokens, and all that is computed from such sums.
 
-    content: from token embeddings, the loss included. beside: from masks and positions, and read with sums of `content`
-    alone. plain: those of both that no loss is in, whose number of summands may be one over positions.
+    content: from token embeddings, the loss included. beside: from masks, and divided by alone. plain: those of both
+    that no loss is in. begins: those of `plain` that sum rows, in graph order; the others compute with sums.
     """
 
     content: frozenset[fx.Node]
     beside: frozenset[fx.Node]
     plain: frozenset[fx.Node]
+    begins: tuple[fx.Node, ...]
 
-    @property
+    @cached_property
     def all(self) -> frozenset[fx.Node]:
         return self.content | self.beside
 
-    def begin_at(self, analysis: TokenAxes) -> list[fx.Node]:
-        """The nodes that sum rows, in graph order; the others compute with sums."""
-        return [
-            node
-            for node in analysis.axes
-            if node in self.plain
-            and any(analysis.of(source).has_tokens for source in node.all_input_nodes if is_tensor(source))
-        ]
+
+def find_token_sums(
+    nodes: Iterable[fx.Node], stack: DecoderStack, analysis: TokenAxes, plan: PlanNodes
+) -> TokenSums:
+    """Raises `Refused` where a sum over active tokens meets a number that is over all positions."""
+    return _Search([node for node in nodes if is_tensor(node)], stack, analysis, plan).found()
 
 
-def find_token_sums(stack: DecoderStack, analysis: TokenAxes, plan: PlanNodes) -> TokenSums:
-    """Raises `Refused` where a sum over active tokens meets one over all positions that cannot be over fewer."""
-    sums = [node for node in analysis.axes if is_sum(node, analysis) and node not in analysis.unproven]
-    content = {node for node in sums if node in stack.content}
-    of_losses = _downstream((node for node in sums if analysis.kinds[node] is Kind.LOSS), sums)
-    beside: set[fx.Node] = set()
-    for node in (node for node in analysis.axes if node in stack.content):
-        others = [n for n in node.all_input_nodes if is_sum(n, analysis) and n not in stack.content]
-        mates = [n for n in node.all_input_nodes if is_sum(n, analysis) and n in stack.content]
-        if others and mates:
-            found = _upstream(others, analysis)
-            if not of_losses.isdisjoint(mates) or not _are_free(found, content, plan):
-                raise Refused(
-                    "mixed-sums",
-                    f"{operator_name(node)} combines a sum over the active tokens with one over all positions",
-                    node,
+def refuse_sums_over_all(
+    nodes: Sequence[fx.Node], packed: Iterable[fx.Node], stack: DecoderStack, analysis: TokenAxes
+) -> None:
+    """Raise `Refused` where the loss has a sum over tokens in it that is not one over the active ones.
+
+    packed: what is computed on active rows.
+    """
+    packed = set(packed)
+    reaching: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if _sequences(node, analysis) or not any(u.op == "output" or u in reaching for u in node.users):
+            continue
+        reaching.add(node)
+        if node in stack.content and node not in packed and _sums_positions(node, stack.content, analysis):
+            raise Refused(
+                "token-sum",
+                f"{operator_name(node)} sums over tokens on the way to the loss, and is not known to be a sum over all "
+                "tokens of the batch, which could be one over the active ones",
+                node,
+            )
+
+
+class _Search:
+    def __init__(
+        self, nodes: list[fx.Node], stack: DecoderStack, analysis: TokenAxes, plan: PlanNodes
+    ) -> None:
+        self.nodes, self.stack, self.analysis, self.plan = nodes, stack, analysis, plan
+        self.from_labels = made_from(plan.labels) if plan.labels is not None else set[fx.Node]()
+        self.sums = [node for node in nodes if self._is_sum(node)]
+        self.content = {node for node in self.sums if node in stack.content}
+        self.of_losses = self._downstream(n for n in self.sums if analysis.kinds.get(n) is Kind.LOSS)
+
+    def found(self) -> TokenSums:
+        counts = {node for node in self.content for node in self._counts_read(node)}
+        content = self.content | counts
+        on_batch = self._on_batch()
+        beside: set[fx.Node] = set()
+        for node in self.nodes:
+            read = [source for source in node.all_input_nodes if source in content]
+            mates = [
+                source for source in node.all_input_nodes if source in on_batch and source not in content
+            ]
+            if read and node in self.analysis.unproven and operator_name(node) == "autograd_function_apply":
+                reason = (
+                    "autograd.Function takes a sum over tokens, which it may add to a loss in its backward"
                 )
-            beside |= found
-    return TokenSums(frozenset(content), frozenset(beside), frozenset((content - of_losses) | beside))
+                raise Refused("token-sum", f"an {reason}", node)
+            if read and mates and not self._has_tokens(node):
+                beside |= self._divisors(node, mates)
+        self._check_users(beside, content)
+        plain = (content - self.of_losses) | beside
+        begins = [n for n in self.nodes if n in plain and any(map(self._has_tokens, _sources(n)))]
+        self._check_summands(begins, plain)
+        return TokenSums(frozenset(content), frozenset(beside), frozenset(plain), tuple(begins))
 
+    # -- what is a sum -----------------------------------------------------------------------------------
 
-def is_sum(node: fx.Node, analysis: TokenAxes) -> bool:
-    axes = analysis.axes.get(node)
-    return isinstance(axes, Axes) and axes.aggregate and axes.meaning not in FOR_FINDING
+    def _is_sum(self, node: fx.Node) -> bool:
+        axes = self.analysis.axes.get(node)
+        if not isinstance(axes, Axes) or node in self.analysis.unproven:
+            return False
+        return axes.aggregate and axes.meaning not in _COUNTED
 
+    def _has_tokens(self, node: fx.Node) -> bool:
+        return any(axes.has_tokens for axes in parts_of(self.analysis.axes.get(node, Axes(()))))
 
-def _downstream(first: Iterable[fx.Node], sums: list[fx.Node]) -> set[fx.Node]:
-    found = set(first)
-    for node in sums:
-        if not found.isdisjoint(node.all_input_nodes):
+    def _counts_read(self, reader: fx.Node) -> list[fx.Node]:
+        """Numbers of each expert's rows that a sum is computed from: then they are sums too."""
+        found = []
+        for source in _sources(reader):
+            axes = self.analysis.axes.get(source)
+            if not isinstance(axes, Axes) or axes.meaning not in _COUNTED:
+                continue
+            if axes.meaning is not Meaning.COUNTS or not all(user in self.content for user in source.users):
+                reason = "computes with numbers of rows by which rows are found too"
+                raise Refused("mixed-sums", f"{operator_name(reader)} {reason}", reader)
+            found.append(source)
+        return found
+
+    def _downstream(self, first: Iterable[fx.Node]) -> set[fx.Node]:
+        found = set(first)
+        for node in self.sums:
+            if not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        return found
+
+    # -- what is read with them --------------------------------------------------------------------------
+
+    def _on_batch(self) -> set[fx.Node]:
+        """Values that depend on the batch: its masks, labels and sizes, or its content."""
+        found: set[fx.Node] = set()
+        for node in self.nodes:
+            depends = self._has_tokens(node) or not found.isdisjoint(node.all_input_nodes)
+            if depends or computes_with_sizes(node, self.analysis.symbols):
+                found.add(node)
+        return found
+
+    def _divisors(self, node: fx.Node, mates: list[fx.Node]) -> set[fx.Node]:
+        """The sums over masks that a sum is divided by; anything else is refused."""
+        is_division = operator_name(node) == "aten.div" and list(node.args[1:]) == mates
+        closure = self._upstream(mates)
+        if not is_division or node.args[0] in self.of_losses or closure is None:
+            raise Refused(
+                "mixed-sums",
+                f"{operator_name(node)} combines a sum over the active tokens with a number over all positions",
+                node,
+            )
+        return closure
+
+    def _upstream(self, last: list[fx.Node]) -> set[fx.Node] | None:
+        """The sums that some are computed from; None where not all of it is sums of one entry for each position."""
+        found: set[fx.Node] = set()
+        todo = list(last)
+        while todo:
+            node = todo.pop()
+            if node in found:
+                continue
+            if not self._is_sum(node) or node in self.stack.content or node in self.from_labels:
+                return None
             found.add(node)
-    return found
+            for source in _sources(node):
+                if self._has_tokens(source):
+                    axes = self.analysis.of(source)
+                    if not axes.has_batch and self.analysis.symbols.batch != 1:
+                        return None
+                elif self._is_sum(source):
+                    todo.append(source)
+                elif computes_with_sizes(source, self.analysis.symbols):
+                    return None
+        return found
+
+    def _check_users(self, beside: set[fx.Node], content: set[fx.Node]) -> None:
+        for node in beside:
+            for user in node.users:
+                if user not in beside and user not in content:
+                    reason = "reads a number of tokens that is to be one of active tokens elsewhere"
+                    raise Refused("mixed-sums", f"{operator_name(user)} {reason}", user)
+
+    # -- what is summed ----------------------------------------------------------------------------------
+
+    def _check_summands(self, begins: list[fx.Node], plain: set[fx.Node]) -> None:
+        """Refuse weights that were divided by a number over all positions before they are summed over fewer."""
+        divided: dict[fx.Node, fx.Node] = {}
+        ends = {node for layer in self.stack.layers for node in (layer.start, layer.end)}
+        for node in self.nodes:
+            origin = next((divided[source] for source in _sources(node) if source in divided), None)
+            if node in plain:
+                if node in begins and origin is not None:
+                    reason = "sums what was computed with a number over all positions"
+                    raise Refused("mixed-sums", f"{operator_name(node)} {reason}", origin)
+                continue
+            if self._is_over_all(node):
+                origin = node
+            # Which tokens attention sees is no weight of a sum, and states are whatever layers make of them.
+            is_state = node in ends or self.analysis.kinds.get(node) in (Kind.ATTENTION, Kind.PAIRS)
+            if origin is not None and not is_state:
+                divided[node] = origin
+
+    def _is_over_all(self, node: fx.Node) -> bool:
+        """Whether a value is a number of positions, of padding or of labels, or computed with one of sizes."""
+        if computes_with_sizes(node, self.analysis.symbols):
+            return True
+        if node in self.stack.content or operator_name(node) in _NO_NUMBERS:
+            return False
+        return _sums_positions(node, None, self.analysis)
 
 
-def _upstream(last: Iterable[fx.Node], analysis: TokenAxes) -> set[fx.Node]:
-    found, todo = set(last), list(last)
-    while todo:
-        fresh = {source for source in todo.pop().all_input_nodes if is_sum(source, analysis)} - found
-        found |= fresh
-        todo.extend(fresh)
-    return found
+def _sources(node: fx.Node) -> list[fx.Node]:
+    return [source for source in node.all_input_nodes if is_tensor(source)]
 
 
-def _are_free(beside: set[fx.Node], content: set[fx.Node], plan: PlanNodes) -> bool:
-    """Whether sums are read by sums over tokens alone, and are not of labels, which belong to other rows."""
-    from_labels = made_from(plan.labels) if plan.labels is not None else set()
-    return from_labels.isdisjoint(beside) and all(
-        user in beside | content for n in beside for user in n.users
-    )
+def _sequences(node: fx.Node, analysis: TokenAxes) -> bool:
+    """Whether a value has an axis of positions."""
+    return any(axes.sequences for axes in parts_of(analysis.axes.get(node, Axes(()))))
+
+
+def _sums_positions(node: fx.Node, among: set[fx.Node] | None, analysis: TokenAxes) -> bool:
+    """Whether a node has an operand (one of `among`, if given) with positions, and none itself."""
+    if _sequences(node, analysis) or fake(node) is None:
+        return False
+    operands = _sources(node) if among is None else [source for source in _sources(node) if source in among]
+    return any(_sequences(source, analysis) for source in operands)

@@ -13,7 +13,7 @@ from functools import cached_property
 from torch import fx
 
 from regate_fx.passes.axes import Axes, Meaning
-from regate_fx.passes.base import Refused, fake, is_tensor, operator_name
+from regate_fx.passes.base import SCALARS_OF_TENSORS, Refused, fake, is_tensor, operator_name
 from regate_fx.passes.layers import DecoderStack
 from regate_fx.passes.plan_nodes import PlanNodes, made_from
 from regate_fx.passes.rules import Kind, parts_of
@@ -82,6 +82,7 @@ class _Search:
     ) -> None:
         self.nodes, self.stack, self.analysis, self.plan = nodes, stack, analysis, plan
         self.from_labels = made_from(plan.labels) if plan.labels is not None else set[fx.Node]()
+        self.finding = self._only_finding()
         self.sums = [node for node in nodes if self._is_sum(node)]
         self.content = {node for node in self.sums if node in stack.content}
         self.of_losses = self._downstream(n for n in self.sums if analysis.kinds.get(n) is Kind.LOSS)
@@ -101,7 +102,7 @@ class _Search:
                     "autograd.Function takes a sum over tokens, which it may add to a loss in its backward"
                 )
                 raise Refused("token-sum", f"an {reason}", node)
-            if read and mates and not self._has_tokens(node):
+            if read and mates and node in self.content:
                 beside |= self._divisors(node, mates)
         self._check_users(beside, content)
         plain = (content - self.of_losses) | beside
@@ -115,7 +116,15 @@ class _Search:
         axes = self.analysis.axes.get(node)
         if not isinstance(axes, Axes) or node in self.analysis.unproven:
             return False
-        return axes.aggregate and axes.meaning not in _COUNTED
+        return axes.aggregate and axes.meaning not in _COUNTED and node not in self.finding
+
+    def _only_finding(self) -> set[fx.Node]:
+        """Numbers of rows that are read as sizes alone, by which rows are cut into groups."""
+        found: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            if node.users and all(user.target in SCALARS_OF_TENSORS or user in found for user in node.users):
+                found.add(node)
+        return found
 
     def _has_tokens(self, node: fx.Node) -> bool:
         return any(axes.has_tokens for axes in parts_of(self.analysis.axes.get(node, Axes(()))))

@@ -185,8 +185,9 @@ class GatedEngine:
                 gated._captured.has_run = self._captured.has_run
                 stack.enter_context(gated._captured.checking())
             outcome = validate(
-                self.model, inputs, noting, self._captured.untouched, gated._dense_reference, own
-            )
+                self.model, inputs, noting, self._captured.untouched, gated._dense_reference, own,
+                sums=lambda: any(run.context.findings["token_sums"].begins for run in ran),
+            )  # fmt: skip
         if outcome.startswith(NOT_VALIDATED):
             self._tell(outcome)
             return

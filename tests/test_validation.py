@@ -160,8 +160,8 @@ def validations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The outcome of each validation of the test."""
     outcomes: list[str] = []
 
-    def counted(*args: Any) -> str:
-        outcomes.append(validate(*args))
+    def counted(*args: Any, **kwargs: Any) -> str:
+        outcomes.append(validate(*args, **kwargs))
         return outcomes[-1]
 
     monkeypatch.setattr(engine, "validate", counted)

@@ -605,4 +605,4 @@ def test_what_mixes_picked_rows_is_never_gated(extra: Extra) -> None:
     model = decoder(extra, layers=1)
     reasons = why_dense(gate(model), model, batch(3))
     assert reasons
-    assert all(re.search(MIXING[extra], reason) for reason in reasons)
+    assert all(re.search(MIXING[extra], reason) for reason in reasons), reasons

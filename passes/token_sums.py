@@ -88,26 +88,20 @@ class _Search:
         self.of_losses = self._downstream(n for n in self.sums if analysis.kinds.get(n) is Kind.LOSS)
 
     def found(self) -> TokenSums:
-        counts = {node for node in self.content for node in self._counts_read(node)}
-        content = self.content | counts
-        on_batch = self._on_batch()
+        content = self.content | {node for reader in self.content for node in self._counts_read(reader)}
         beside: set[fx.Node] = set()
-        for node in self.nodes:
-            read = [source for source in node.all_input_nodes if source in content]
-            mates = [
-                source for source in node.all_input_nodes if source in on_batch and source not in content
-            ]
-            if read and node in self.analysis.unproven and operator_name(node) == "autograd_function_apply":
-                reason = (
-                    "autograd.Function takes a sum over tokens, which it may add to a loss in its backward"
-                )
-                raise Refused("token-sum", f"an {reason}", node)
-            if read and mates and node in self.content:
-                beside |= self._divisors(node, mates)
+        for node in (user for source in content for user in source.users):
+            if node in self.content:
+                mates = [mate for mate in _sources(node) if mate in self.on_batch and mate not in content]
+                beside |= self._divisors(node, mates) if mates else set()
+            elif node in self.analysis.unproven and operator_name(node) == "autograd_function_apply":
+                reason = "an autograd.Function takes a sum over tokens, which it may add to the loss unseen"
+                raise Refused("token-sum", reason, node)
         self._check_users(beside, content)
         plain = (content - self.of_losses) | beside
-        begins = [n for n in self.nodes if n in plain and any(map(self._has_tokens, _sources(n)))]
-        self._check_summands(begins, plain)
+        begins = [node for node in self.nodes if node in plain and any(map(self._has_tokens, _sources(node)))]
+        if begins:
+            self._check_summands(set(begins), plain)
         return TokenSums(frozenset(content), frozenset(beside), frozenset(plain), tuple(begins))
 
     # -- what is a sum -----------------------------------------------------------------------------------
@@ -151,7 +145,8 @@ class _Search:
 
     # -- what is read with them --------------------------------------------------------------------------
 
-    def _on_batch(self) -> set[fx.Node]:
+    @cached_property
+    def on_batch(self) -> set[fx.Node]:
         """Values that depend on the batch: its masks, labels and sizes, or its content."""
         found: set[fx.Node] = set()
         for node in self.nodes:
@@ -162,7 +157,7 @@ class _Search:
 
     def _divisors(self, node: fx.Node, mates: list[fx.Node]) -> set[fx.Node]:
         """The sums over masks that a sum is divided by; anything else is refused."""
-        is_division = operator_name(node) == "aten.div" and list(node.args[1:]) == mates
+        is_division = operator_name(node) == "aten.div" and [*node.args[1:], *node.kwargs] == mates
         closure = self._upstream(mates)
         if not is_division or node.args[0] in self.of_losses or closure is None:
             raise Refused(
@@ -203,7 +198,7 @@ class _Search:
 
     # -- what is summed ----------------------------------------------------------------------------------
 
-    def _check_summands(self, begins: list[fx.Node], plain: set[fx.Node]) -> None:
+    def _check_summands(self, begins: set[fx.Node], plain: set[fx.Node]) -> None:
         """Refuse weights that were divided by a number over all positions before they are summed over fewer."""
         divided: dict[fx.Node, fx.Node] = {}
         ends = {node for layer in self.stack.layers for node in (layer.start, layer.end)}

@@ -125,8 +125,11 @@ def main() -> None:
     parser.add_argument(
         "--only", type=int, nargs="*", help="numbers of tables, counted from 0; all by default"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help=f"folder to write to; by default {RESULTS.name}/ here")
     args = parser.parse_args()
+    if args.only is not None and args.results is None:
+        parser.error("--only needs --results: it would write over tables that it does not measure")
+    args.results = args.results or RESULTS
     torch.set_num_threads(args.threads)
     device, console = Device(args.device), Console()
     command = " ".join(["python tests/benchmarks/bench_step.py", *sys.argv[1:]])

@@ -23,10 +23,9 @@ from regate_fx.passes.token_axes import TokenAxes
 # Rows of each expert, counted to find them again.
 _COUNTED = (Meaning.COUNTS, Meaning.OFFSETS)
 # What of a mask or of positions is no number of them.
-_NO_NUMBERS = {
-    "aten.amax", "aten.amin", "aten.max", "aten.min", "aten.any", "aten.all", "aten.new_ones", "aten.new_zeros",
-    "aten.new_full", "aten.new_empty",
-}  # fmt: skip
+_NO_NUMBERS = {"aten.amax", "aten.amin", "aten.max", "aten.min", "aten.any", "aten.all"}
+# What has nothing of its operand but device and dtype.
+_MADE = {"aten.new_ones", "aten.new_zeros", "aten.new_full", "aten.new_empty"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,8 @@ def refuse_sums_over_all(
             continue
         reaching.add(node)
         if node in stack.content and node not in packed and _sums_positions(node, stack.content, analysis):
+            if node in analysis.unproven:
+                raise analysis.unproven[node]
             raise Refused(
                 "token-sum",
                 f"{operator_name(node)} sums over tokens on the way to the loss, and is not known to be a sum over all "
@@ -236,7 +237,7 @@ def _sequences(node: fx.Node, analysis: TokenAxes) -> bool:
 
 def _sums_positions(node: fx.Node, among: set[fx.Node] | None, analysis: TokenAxes) -> bool:
     """Whether a node has an operand (one of `among`, if given) with positions, and none itself."""
-    if _sequences(node, analysis) or fake(node) is None:
+    if _sequences(node, analysis) or fake(node) is None or operator_name(node) in _MADE:
         return False
     operands = _sources(node) if among is None else [source for source in _sources(node) if source in among]
     return any(_sequences(source, analysis) for source in operands)

@@ -206,12 +206,20 @@ REFUSED: dict[str, tuple[str, Extra]] = {
     "logits_cut_off": ("mixed-sums", lambda s: s.loss + sharp(s.logits[:, :-1]).mean()),
     "variance": ("mixed-sums", lambda s: s.loss + s.gated.var()),
     "gram": ("mixed-sums", lambda s: s.loss + torch.einsum("bsd,bse->de", s.gated, s.gated).sum()),
-    "alone": ("token-sum", lambda s: (s.gated.var() * s.weights).sum()),
+    "variance_alone": ("mixes-tokens", lambda s: (s.gated.var() * s.weights).sum()),
+    "mean_read_by_an_unknown_operator": (
+        "token-sum",
+        lambda s: added_at(s.gated.mean((0, 1))[:2]).square().sum(),
+    ),
 }
 
 
 def total(s: Seen) -> Tensor:
     return F.cross_entropy(s.logits.view(-1, V), s.targets.view(-1), ignore_index=IGNORED, reduction="sum")
+
+
+def added_at(values: Tensor) -> Tensor:
+    return torch.zeros(2, dtype=values.dtype).index_add(0, torch.tensor([1, 0]), values)
 
 
 def shares(flags: Tensor) -> Tensor:

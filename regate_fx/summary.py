@@ -10,10 +10,12 @@ from torch import Tensor
 from regate_fx.backend import Captures
 from regate_fx.errors import LayerRefusal
 from regate_fx.flops import BEFORE, BatchCosts, GraphCosts, graph_costs
-from regate_fx.passes.base import operator_name, source_line
+from regate_fx.ops.attention_kernels import kernel_name
+from regate_fx.passes.base import fake, operator_name, source_line
 from regate_fx.passes.layers import Attention, DecoderStack, Layer
 from regate_fx.passes.layouts import Layout
 from regate_fx.passes.pipeline import PipelineRun
+from regate_fx.passes.rewrite_attention import autocast_dtype
 from regate_fx.passes.token_axes import TokenAxes
 from regate_fx.plan import TokenPlan
 from regate_fx.report import BatchTokens, Cost, LayerReport, Report
@@ -118,10 +120,20 @@ def _sees(attention: Attention, run: PipelineRun) -> str:
         return "as written"
     node = attention.nodes[0]
     proof = run.context.findings["masks"][node]
-    if proof.explicit:
-        return str(proof)
     masked = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    return f"{proof}, {'declared' if masked is None else 'proven from the mask'}"
+    origin = "" if proof.explicit else ", declared" if masked is None else ", proven from the mask"
+    return f"{proof}{origin}{_by(attention, run)}"
+
+
+def _by(attention: Attention, run: PipelineRun) -> str:
+    """Which of several kernels computes it; there is one on the CPU, and none where nothing is computed."""
+    node = attention.nodes[0]
+    proof, query = run.context.findings["masks"][node], fake(node.args[0])
+    if query.device.type in ("cpu", "meta") or _is_compact(attention, run):
+        return ""
+    dtype = autocast_dtype(node, query.device.type) or query.dtype
+    widths = query.shape[-1], fake(node.args[2]).shape[-1]
+    return f"; {kernel_name(dtype, proof.window, proof.explicit, *widths)}"
 
 
 def _is_compact(attention: Attention, run: PipelineRun) -> bool:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from regate_fx.errors import InvalidInput, Unsupported
-from regate_fx.ops import attention_explicit, attention_flash_cpu
+from regate_fx.ops import attention_explicit, attention_flash_cpu, attention_kernels
 from regate_fx.ops.attention import supported, varlen_attention, varlen_attention_backward
-from regate_fx.ops.attention_kernels import Kernel, choose_kernel
+from regate_fx.ops.attention_kernels import Kernel, choose_kernel, kernel_name
 
 MASKS = [
     Case(causal=False, mask=kind, mask_shape=(per_sample, per_head))
@@ -272,13 +272,15 @@ PLAIN = {"causal": True, "window": 0, "mask": None, "dropout_p": 0.0, "d": 64, "
     [
         ("cuda", torch.bfloat16, {}, None),
         ("cuda", torch.float16, {"causal": False, "d": 256, "dv": 256}, None),
-        ("cuda", torch.float32, {}, "float32"),
-        ("cuda", torch.bfloat16, {"window": 4}, "window"),
-        ("cuda", torch.bfloat16, {"mask": True}, "mask"),
+        ("cuda", torch.float32, {}, None),
+        ("cuda", torch.float64, {}, "float64"),
+        ("cuda", torch.bfloat16, {"window": 4}, None),
+        ("cuda", torch.bfloat16, {"mask": True}, None),
         ("cuda", torch.bfloat16, {"dropout_p": 0.1}, "dropout"),
-        ("cuda", torch.bfloat16, {"dv": 32}, "32"),
+        ("cuda", torch.bfloat16, {"dv": 32}, None),
         ("cuda", torch.bfloat16, {"d": 264, "dv": 264}, "264"),
-        ("cuda", torch.bfloat16, {"d": 20, "dv": 20}, "20"),
+        ("cuda", torch.bfloat16, {"d": 20, "dv": 20}, None),
+        ("cuda", torch.bfloat16, {"d": 8, "dv": 24}, "8 and 24"),
         ("cuda", torch.bfloat16, {"capability": (7, 5)}, "7.5"),
         ("cpu", torch.float64, {"window": 4, "mask": True, "dropout_p": 0.1, "dv": 20}, None),
         ("cpu", torch.int64, {}, "int64"),
@@ -288,6 +290,24 @@ PLAIN = {"causal": True, "window": 0, "mask": None, "dropout_p": 0.0, "d": 64, "
 def test_supported_says_why_not(device: str, dtype: torch.dtype, change: dict, words: str | None) -> None:
     reason = supported(device, dtype, **{"capability": (9, 0), **PLAIN, **change})
     assert reason is None if words is None else words in reason
+
+
+@pytest.mark.parametrize(
+    ("dtype", "change", "name"),
+    [
+        (torch.bfloat16, {}, "torch.nn.attention.varlen"),
+        (torch.float32, {}, "FlexAttention"),
+        (torch.bfloat16, {"window": 4}, "FlexAttention"),
+        (torch.bfloat16, {"mask": True}, "FlexAttention"),
+        (torch.bfloat16, {"d": 192}, "FlexAttention"),
+    ],
+)
+def test_names_the_cuda_kernel(
+    dtype: torch.dtype, change: dict, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_kernels, "flash_attn_installed", lambda: False)
+    facts = {"window": 0, "mask": None, "d": 64, "dv": 64} | change
+    assert kernel_name(dtype, **facts) == name
 
 
 @pytest.mark.parametrize(
@@ -313,3 +333,15 @@ def test_cuda_is_as_exact_as_cpu(causal: bool, heads: tuple[int, int]) -> None:
     batch.grad_out, batch.cu_seqlens = batch.grad_out.cuda(), batch.cu_seqlens.cuda()
     batch.positions = batch.positions.cuda()
     assert_as_good_as([t.cpu() for t in batch.op()], on_cpu, golden)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", [case for case in CASES if min(case.widths) > 4], ids=str)
+def test_flex_on_cuda_is_as_exact_as_the_plain_computation(case: Case) -> None:
+    batch = Batch(replace(case, widths=tuple(4 * width for width in case.widths)), torch.float32)
+    plain, golden = batch.explicit(torch.float32), batch.explicit(torch.float64)
+    batch.qkv = [t.cuda() for t in batch.qkv]
+    batch.grad_out, batch.cu_seqlens = batch.grad_out.cuda(), batch.cu_seqlens.cuda()
+    batch.positions = batch.positions.cuda()
+    batch.mask = None if batch.mask is None else batch.mask.cuda()
+    assert_as_good_as([t.cpu() for t in batch.op()], plain, golden)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from regate_fx.errors import InvalidInput, Unsupported
-from regate_fx.ops import attention_cpu, attention_cuda
-from regate_fx.ops.attention_cpu import Visibility
-from regate_fx.ops.attention_kernels import supported
+from regate_fx.ops import attention_cpu, attention_cuda, attention_flex
+from regate_fx.ops.attention_kernels import supported, takes_flash
+from regate_fx.ops.visibility import Visibility
 
 __all__ = ["supported", "varlen_attention", "varlen_attention_backward"]
 
@@ -53,7 +53,8 @@ dropout_p:  probability that an attention weight is dropped, the others growing 
             int64 [1], decides which, so that equal arguments give equal results in a recomputation.
 
 Returns out [1, Hq, N, dv], whose transpose(1, 2) is contiguous, and lse [Hq, N], the logsumexp of each
-query's scores: float32, float64 for float64 queries. lse serves the backward only and has no gradient.
+query's scores: float32, float64 for float64 queries. lse serves the backward only and has no gradient; zeros
+where FlexAttention computes, which does without.
 A query that sees no key gets zeros. Differentiable once, in q, k and v. Raises `InvalidInput` for heads
 that do not divide, a mask beside causal or window, and dropout without a seed; `Unsupported` for a mask
 that requires grad and for what `supported` names.
@@ -140,7 +141,9 @@ def _forward_cuda(
     reason = supported(q.device.type, q.dtype, causal, window, mask, dropout_p, q.shape[-1], v.shape[-1])
     if reason:
         raise Unsupported("this attention", f"{reason}.", "Ask regate_fx.ops.attention.supported beforehand.")
-    return attention_cuda.forward(q, k, v, cu_seqlens, max_seqlen, causal, scale)
+    if takes_flash(q.dtype, window, mask, q.shape[-1], v.shape[-1]):
+        return attention_cuda.forward(q, k, v, cu_seqlens, max_seqlen, causal, scale)
+    return attention_flex.forward(q, k, v, cu_seqlens, Visibility(positions, mask, causal, window), scale)
 
 
 @torch.library.impl("regate_fx::varlen_attention_backward", "cuda")
@@ -161,7 +164,10 @@ def _backward_cuda(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return attention_cuda.backward(grad_out, q, k, v, out, lse, cu_seqlens, max_seqlen, causal, scale)
+    if takes_flash(q.dtype, window, mask, q.shape[-1], v.shape[-1]):
+        return attention_cuda.backward(grad_out, q, k, v, out, lse, cu_seqlens, max_seqlen, causal, scale)
+    sees = Visibility(positions, mask, causal, window)
+    return attention_flex.backward(grad_out, q, k, v, cu_seqlens, sees, scale)
 
 
 def _packed(like: Tensor, width: Any) -> Tensor:

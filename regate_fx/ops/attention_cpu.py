@@ -15,19 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regate_fx.ops import attention_explicit, attention_flash_cpu
+from regate_fx.ops.visibility import Visibility
 
 # A query whose every key is masked by a large finite number has a logsumexp so far from 0 that the backward
 # of flash attention, which rebuilds the weights from it, loses them to rounding. Real scores stay above this.
 _LSE_FLOOR = -1e3
-
-
-class Visibility(NamedTuple):
-    """Which keys a query sees: the arguments of the operator that decide it."""
-
-    positions: Tensor
-    mask: Tensor | None
-    causal: bool
-    window: int
 
 
 class Block(NamedTuple):

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_CUDA_DTYPES = (torch.bfloat16, torch.float16)
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
+_FLEX_DTYPES = (*_FLASH_DTYPES, torch.float32)
 _TORCH_GROUPS_HEADS_SINCE = (2, 12)
 
 
@@ -56,25 +57,36 @@ def supported(
         return None if dtype in _CPU_DTYPES else f"the CPU kernel does not take {dtype}"
     if device_type not in ("cuda", "meta"):
         return f"there is no variable-length attention kernel for device type {device_type!r}"
-    if dtype not in _CUDA_DTYPES:
-        return f"the CUDA kernels take bfloat16 and float16, not {dtype}"
-    if mask is not None and mask is not False:
-        return "the CUDA kernels take no mask tensor"
-    if window:
-        # Packed rows are closer together than the positions they came from: the kernels' own window would
-        # reach too far back.
-        return "the CUDA kernels measure a window in packed rows, not in original positions"
     if dropout_p:
         return "the CUDA kernels draw dropout from the device's global generator, not from a given seed"
-    return _width_reason(d, dv) or _capability_reason(capability)
+    if not takes_flash(dtype, window, mask, d, dv) and (reason := _why_not_flex(dtype, d, dv)) is not None:
+        return reason
+    return _capability_reason(capability)
 
 
-def _width_reason(d: int, dv: int) -> str | None:
-    if d != dv:
-        return f"the CUDA kernels need values as wide as keys, here {dv} and {d}"
-    if d > 256 or d % 8:
-        return f"the CUDA kernels take head widths up to 256 in steps of 8, not {d}"
+def takes_flash(dtype: torch.dtype, window: int, mask: object, d: int, dv: int) -> bool:
+    """Whether a flash kernel computes an attention; FlexAttention computes the others.
+
+    Packed rows are closer together than the positions they came from: a flash kernel's own window, which counts rows,
+    would reach too far back.
+    """
+    is_plain = window == 0 and (mask is None or mask is False)
+    return is_plain and dtype in _FLASH_DTYPES and d == dv and d <= 256 and d % 8 == 0
+
+
+def _why_not_flex(dtype: torch.dtype, d: int, dv: int) -> str | None:
+    if dtype not in _FLEX_DTYPES:
+        return f"the CUDA kernels do not take {dtype}"
+    if min(d, dv) < 16 or max(d, dv) > 256:
+        return f"FlexAttention takes head widths from 16 to 256, not {d} and {dv}"
     return None
+
+
+def kernel_name(dtype: torch.dtype, window: int, mask: object, d: int, dv: int) -> str:
+    """What computes an attention on CUDA that `supported` lets pass, in words."""
+    if not takes_flash(dtype, window, mask, d, dv):
+        return "FlexAttention"
+    return "flash_attn" if flash_attn_installed() else "torch.nn.attention.varlen"
 
 
 def _capability_reason(capability: tuple[int, int] | None) -> str | None:

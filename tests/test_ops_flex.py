@@ -158,7 +158,7 @@ def test_a_gated_step(name: str, compiled: bool, generator: torch.Generator, mon
     monkeypatch.setattr(attention_cpu, "backward", backward)
     if compiled:  # in the middle of another compiled graph, as on a device
         kernel = torch.compile(attention_flex.attend, dynamic=True, fullgraph=True, backend="aot_eager")
-        monkeypatch.setattr(attention_flex, "_compiled", lambda device_type: kernel)
+        monkeypatch.setattr(attention_flex, "_kernel", lambda *_: kernel)
     model = build(name)
     options: dict[str, Any] = {"backend": "inductor"} if compiled else {"backend": "aot_eager", "bucket": 16}
     gated = regate_fx.compile(model, validate=False, **options)

@@ -9,6 +9,7 @@ S positions, d width of a query and key, dv width of a value.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return out [1, Hq, N, dv] and, for lse, zeros [Hq, N]: the backward does without."""
     with torch.no_grad(), _outside():
-        out = _compiled(q.device.type)(q, k, v, cu_seqlens, *sees, scale)
+        out = _kernel(q, k, v, sees)(q, k, v, cu_seqlens, *sees, scale)
     lse = q.new_zeros(q.shape[1], q.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
     return _packed(out), lse
 
@@ -47,7 +48,7 @@ def backward(
     """Return the gradients of q, k and v, each [1, H, N, w] with a contiguous transpose(1, 2)."""
     leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
     with torch.enable_grad(), _outside():
-        out = _compiled(q.device.type)(*leaves, cu_seqlens, *sees, scale)
+        out = _kernel(q, k, v, sees)(*leaves, cu_seqlens, *sees, scale)
     grads = torch.autograd.grad(out, leaves, grad_out)
     return _packed(grads[0]), _packed(grads[1]), _packed(grads[2])
 
@@ -151,10 +152,21 @@ def _outside() -> Any:
     return torch._C._ForceDispatchKeyGuard(*_KEYS)
 
 
-@cache
-def _compiled(device_type: str) -> Callable[..., Tensor]:
+def _kernel(q: Tensor, k: Tensor, v: Tensor, sees: Visibility) -> Callable[..., Tensor]:
     """Compiled where it trains; on the CPU, where FlexAttention only infers, as torch runs it by itself."""
-    return attend if device_type == "cpu" else torch.compile(attend, dynamic=True, fullgraph=True)
+    if q.device.type == "cpu":
+        return attend
+    mask = None if sees.mask is None else (sees.mask.dtype, sees.mask.shape[0] > 1, sees.mask.shape[1] > 1)
+    heads = q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]
+    return _compiled(q.device, q.dtype, heads, sees.causal, sees.window, mask)
+
+
+@cache
+def _compiled(*facts: object) -> Callable[..., Tensor]:
+    """`attend` for one kind of attention, with code of its own: Dynamo limits the graphs of a code object, and past the
+    limit would compute all pairs of rows, without a word."""
+    own = types.FunctionType(attend.__code__.replace(), attend.__globals__, attend.__name__)
+    return torch.compile(own, dynamic=True, fullgraph=True)
 
 
 def _packed(x: Tensor) -> Tensor:

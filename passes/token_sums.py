@@ -202,7 +202,7 @@ class _Search:
     def _check_summands(self, begins: set[fx.Node], plain: set[fx.Node]) -> None:
         """Refuse weights that were divided by a number over all positions before they are summed over fewer."""
         divided: dict[fx.Node, fx.Node] = {}
-        ends = {node for layer in self.stack.layers for node in (layer.start, layer.end)}
+        states = self._states()
         for node in self.nodes:
             origin = next((divided[source] for source in _sources(node) if source in divided), None)
             if node in plain:
@@ -212,10 +212,18 @@ class _Search:
                 continue
             if self._is_over_all(node):
                 origin = node
-            # Which tokens attention sees is no weight of a sum, and states are whatever layers make of them.
-            is_state = node in ends or self.analysis.kinds.get(node) in (Kind.ATTENTION, Kind.PAIRS)
-            if origin is not None and not is_state:
+            if origin is not None and node not in states:
                 divided[node] = origin
+
+    def _states(self) -> set[fx.Node]:
+        """What layers hand on is made of: they may compute with sizes, lengths and masks as they like."""
+        found = {layer.end for layer in self.stack.layers if layer.end is not None}
+        todo = list(found)
+        while todo:
+            fresh = {node for node in todo.pop().all_input_nodes if node in self.stack.content} - found
+            found |= fresh
+            todo.extend(fresh)
+        return found
 
     def _is_over_all(self, node: fx.Node) -> bool:
         """Whether a value is a number of positions, of padding or of labels, or computed with one of sizes."""

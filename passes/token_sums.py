@@ -91,7 +91,7 @@ class _Search:
     def found(self) -> TokenSums:
         content = self.content | {node for reader in self.content for node in self._counts_read(reader)}
         beside: set[fx.Node] = set()
-        for node in (user for source in content for user in source.users):
+        for node in (user for source in self.nodes if source in content for user in source.users):
             if node in self.content:
                 mates = [mate for mate in _sources(node) if mate in self.on_batch and mate not in content]
                 beside |= self._divisors(node, mates) if mates else set()

@@ -32,6 +32,7 @@ from regate_fx.ops.visibility import Visibility
 @pytest.fixture(autouse=True)
 def _trains_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(attention_flex, "_kernel", lambda *_: attention_flex.attend)
 
 
 def by_flex(batch: Batch) -> list[Tensor]:

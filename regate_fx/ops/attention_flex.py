@@ -153,9 +153,6 @@ def _outside() -> Any:
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, sees: Visibility) -> Callable[..., Tensor]:
-    """Compiled where it trains; on the CPU, where FlexAttention only infers, as torch runs it by itself."""
-    if q.device.type == "cpu":
-        return attend
     mask = None if sees.mask is None else (sees.mask.dtype, sees.mask.shape[0] > 1, sees.mask.shape[1] > 1)
     heads = q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]
     return _compiled(q.device, q.dtype, heads, sees.causal, sees.window, mask)

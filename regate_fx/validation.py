@@ -35,7 +35,8 @@ _TOLERANCE = {torch.float64: 2e-3, torch.float32: 2e-3, torch.float16: 5e-2, tor
 
 VALIDATED = "validated against the untouched model and the dense reference"
 SUMS_PADDING = (
-    "validated against the dense reference alone: the untouched model's loss has sums over padding in it"
+    "validated against the dense reference and, where no sample has padding, the untouched model: its loss has sums "
+    "over padding in it"
 )
 NOT_RUN = "; not those traces that a small part of a batch does not run"
 NOT_VALIDATED = "not validated: "
@@ -77,25 +78,17 @@ def validate(
         return NOT_VALIDATED + "the batch is large, and inputs beside tokens cannot be cut to a part of it"
     own = batch.pop(_OWN, None)
     with undisturbed(model):
-        everything = torch.ones_like(batch["labels"], dtype=torch.bool)
-        plan = make_plan(everything, padding_of(batch))
-        output = gated(plan, batch)
-        if not bool(output.counted.any()):
-            return NOT_VALIDATED + "the batch has no labels"
-        probe = _probe(model, output.loss)
-        # Labels predicted from padding count in the untouched model alone.
-        labels = batch["labels"].masked_fill(~output.counted, -100)
-        expected = _probe(model, untouched(plan, batch | {"labels": labels}).loss)
-        outcome, check = VALIDATED, "all tokens active, against"
+        real = _everything(batch).row_of >= 0
+        outcome = VALIDATED
         try:
-            _compare(f"{check} the untouched model", probe, expected, _dtype(model))
+            if not _compare_with_untouched(model, batch, gated, untouched):
+                return NOT_VALIDATED + "the batch has no labels"
         except ValidationFailed:
-            masked = reference(plan, batch) if sums() and not bool((plan.row_of >= 0).all()) else None
-            if masked is None:
+            unpadded = _without_padding(batch, real) if sums() else None
+            if unpadded is None or not _compare_with_untouched(model, unpadded, gated, untouched):
                 raise
-            _compare(f"{check} the dense reference", probe, _probe(model, masked.loss), _dtype(model))
             outcome = SUMS_PADDING
-        sparse = {"half of the tokens active": _half(plan.row_of >= 0)}
+        sparse = {"half of the tokens active": _half(real)}
         if own is not None and bool(own.any()):
             sparse["the batch's own tokens active"] = own
         for check, mask in sparse.items():
@@ -109,13 +102,42 @@ def validate(
     return outcome
 
 
+def _everything(batch: dict[str, Any]) -> TokenPlan:
+    return make_plan(torch.ones_like(batch["labels"], dtype=torch.bool), padding_of(batch))
+
+
+def _compare_with_untouched(model: nn.Module, batch: dict[str, Any], gated: Call, untouched: Call) -> bool:
+    """Whether there were labels to compare; raises `ValidationFailed` where the two differ, all tokens active."""
+    plan = _everything(batch)
+    output = gated(plan, batch)
+    if not bool(output.counted.any()):
+        return False
+    probe = _probe(model, output.loss)
+    # Labels predicted from padding count in the untouched model alone.
+    labels = batch["labels"].masked_fill(~output.counted, -100)
+    expected = _probe(model, untouched(plan, batch | {"labels": labels}).loss)
+    _compare("all tokens active, against the untouched model", probe, expected, _dtype(model))
+    return True
+
+
+def _without_padding(batch: dict[str, Any], real: Tensor) -> dict[str, Any] | None:
+    """The positions that are no padding in any sample; None if those are all, fewer than two, or cannot be cut out."""
+    B, S = real.shape
+    kept = real.all(0).nonzero().flatten()
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    if not 2 <= len(kept) < S or not all(_cuttable(value, B, S) for value in tensors):
+        return None
+    first, last = int(kept[0]), int(kept[-1])
+    return _cut_all(batch, torch.arange(B), slice(first, last + 1)) if last - first + 1 == len(kept) else None
+
+
 def is_random(model: nn.Module, inputs: dict[str, Any], untouched: Call) -> bool:
     """Whether two runs of the untouched model on the same small batch differ: dropout, or another random choice."""
     batch = _part(model, inputs, untouched)
     if batch is None:
         return False
     with undisturbed(model), torch.no_grad():
-        plan = make_plan(torch.ones_like(batch["labels"], dtype=torch.bool), padding_of(batch))
+        plan = _everything(batch)
         return untouched(plan, batch).loss.item() != untouched(plan, batch).loss.item()
 
 
@@ -151,7 +173,7 @@ def _part(model: nn.Module, inputs: dict[str, Any], untouched: Call) -> dict[str
 def _runs(model: nn.Module, batch: dict[str, Any], untouched: Call) -> bool:
     """Whether the untouched model takes a batch: as many pictures as samples need not be one for each."""
     with undisturbed(model), torch.no_grad():
-        plan = make_plan(torch.ones_like(batch["labels"], dtype=torch.bool), padding_of(batch))
+        plan = _everything(batch)
         try:
             untouched(plan, batch)
         except Exception:
@@ -192,6 +214,11 @@ def _small_batch(inputs: dict[str, Any]) -> dict[str, Any] | None:
     before = torch.cat([covered.new_zeros(1), covered])
     first = int((before[width:] - before[:-width]).argmax())
     window = slice(first, first + width)
+    return _cut_all(inputs, samples, window)
+
+
+def _cut_all(inputs: dict[str, Any], samples: Tensor, window: slice) -> dict[str, Any]:
+    B, S = inputs["labels"].shape
     # One tensor under two names (ids as labels) stays one: the capture tells the two cases apart.
     cuts = {id(value): _cut(value, samples, window, B, S) for value in inputs.values()}
     return {name: cuts[id(value)] for name, value in inputs.items()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from regate_fx.ops.attention_kernels import supported
+from regate_fx.ops.attention_kernels import Preferred, supported
 from regate_fx.passes.axes import Axes
 from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_tensors, operator_name
 from regate_fx.passes.gradients import learned_nodes
@@ -28,12 +28,13 @@ class Placement:
     """The layout of each node that is not dense, and where packed states are scattered back.
 
     `scatter_base[x]`: x is packed and also needed at every position; elided ones show that dense stream value.
-    `no_kernel[x]`: why the attention operator x is compact.
+    `no_kernel[x]`: why the attention operator x is compact. prefer: what attention operators are to be computed by.
     """
 
     layouts: dict[fx.Node, Layout] = field(default_factory=dict)
     scatter_base: dict[fx.Node, fx.Node] = field(default_factory=dict)
     no_kernel: dict[fx.Node, str] = field(default_factory=dict)
+    prefer: Preferred = "auto"
 
     def layout(self, node: fx.Node) -> Layout:
         return self.layouts.get(node, Layout.DENSE)
@@ -44,9 +45,11 @@ class Place:
     """Choose layouts; puts a `Placement` into the findings. Layers that cannot be gated stay dense and are named.
 
     Beside it, as `token_sums`, the `TokenSums` it was made with.
-    Refuses a graph in which packed values would be needed densely where no residual stream value can be scattered.
+    Refuses a graph in which packed values would be needed densely where no residual stream value can be scattered, and
+    one whose device knows nothing of the kernel that is preferred.
     """
 
+    prefer: Preferred = "auto"
     name: str = "place"
     after: tuple[str, ...] = ("find_layers", "prove_masks")
 
@@ -59,7 +62,7 @@ class Place:
         hidden = hidden_keys(gm.graph.nodes, stack, analysis, ctx.findings["padding"])
         for layer in stack.layers:
             layer.refused = _why_not(layer, stack, analysis, content, hidden)
-        placement = _Placer(gm, stack, analysis, ctx.findings["masks"], sums).place()
+        placement = _Placer(gm, stack, analysis, ctx.findings["masks"], sums, self.prefer).place()
         ctx.findings["placement"] = placement
         if any(layer.refused is None for layer in stack.layers):
             refuse_sums_over_all(list(gm.graph.nodes), placement.layouts, stack, analysis)
@@ -101,6 +104,7 @@ class _Placer:
         analysis: TokenAxes,
         masks: dict[fx.Node, MaskProof],
         sums: TokenSums,
+        prefer: Preferred,
     ) -> None:
         self.nodes = [node for node in gm.graph.nodes if node.op != "output"]
         self.output: fx.Node = gm.graph.output_node()
@@ -111,7 +115,7 @@ class _Placer:
         self.learned = learned_nodes(self.nodes)
         self.of_losses = _of_losses(self.nodes, stack, analysis)
         self.dense: set[int] = {layer.index for layer in stack.layers if layer.refused is not None}
-        self.placement = Placement()
+        self.placement = Placement(prefer=prefer)
 
     def place(self) -> Placement:
         if self._tail_is_dense():
@@ -145,6 +149,13 @@ class _Placer:
         if mask is not None and (mask in self.stack.content or mask in self.learned):
             return "its mask is learned"
         query, value = fake(op["query"]), fake(op["value"])
+        if self.placement.prefer == "model":
+            return "the model's own operators are preferred"
+        if self.placement.prefer != "auto" and query.device.type == "cpu":
+            reason = (
+                f"attention={self.placement.prefer!r} names a CUDA kernel, and this attention is on the CPU"
+            )
+            raise Refused("kernel", reason, node)
         dtype = autocast_dtype(node, query.device.type) or query.dtype
         return supported(
             query.device.type, dtype, proof.causal, proof.window, mask, op["dropout_p"], query.shape[-1],

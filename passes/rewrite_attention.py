@@ -41,7 +41,7 @@ def emit_kernel(rewriter: Rewriter, node: fx.Node) -> fx.Node:
     both = emit.call(
         torch.ops.regate_fx.varlen_attention.default,
         query, key, value, indices.cu_seqlens, indices.slots, indices.positions,
-        mask, proof.causal, proof.window, scale, dropout, seed,
+        mask, proof.causal, proof.window, scale, dropout, seed, rewriter.placement.prefer,
     )  # fmt: skip
     return emit.call(operator.getitem, both, 0)
 

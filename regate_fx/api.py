@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from regate_fx.engine import GatedEngine
 from regate_fx.errors import InvalidInput
 from regate_fx.explain import explain
 from regate_fx.inductor import Backend, chosen_backend
+from regate_fx.ops.attention_kernels import Preferred, flash_attn_installed
 from regate_fx.wrapper import Gate, ungated, wrap
 
 __all__ = ["compile", "explain"]
@@ -31,6 +32,7 @@ def compile(
     strict: bool = True,
     fused_loss: bool | None = None,
     bucket: int | None = None,
+    attention: Preferred = "auto",
 ) -> Any:
     """Return `model` with one more argument, `token_mask`: the decoder computes only the positions it keeps.
 
@@ -56,6 +58,9 @@ def compile(
     bucket:      round the number of rows that are computed, and the most of a sample, up to multiples of this, so that
                  few sizes serve all masks; the rows that fill it up belong to no sample and touch no result. The report
                  says what they cost. Refused where a model counts rows elsewhere than in its loss.
+    attention:   what computes attention among the active positions, in each layer where it can; the report names what
+                 does. "flash_attn", "torch" (`torch.nn.attention.varlen`) and "flex" (FlexAttention) on CUDA; "model":
+                 the model's own operators, over all pairs of a sample's; "auto": the first of these that can.
 
     `gated(input_ids=..., labels=..., token_mask=mask)`, mask bool [B, S], returns an output with `loss` (mean over
     counted labels), `token_loss` float32 [B, S] and `counted` bool [B, S]. Without `token_mask` the untouched
@@ -78,8 +83,20 @@ def compile(
         raise InvalidInput(
             "bucket", f"is {bucket!r}.", "Use None, or a number of rows from 2 on, such as 128."
         )
+    _check_attention(attention)
     backend = chosen_backend(backend, mode, options)
     engine = GatedEngine(
-        original, Options(backend, keep_logits, validate, reference, scope, strict, fused_loss, bucket)
+        original,
+        Options(backend, keep_logits, validate, reference, scope, strict, fused_loss, bucket, attention),
     )
     return wrap(original, engine, gate)
+
+
+def _check_attention(attention: str) -> None:
+    known = get_args(Preferred)
+    if attention not in known:
+        raise InvalidInput("attention", f"is {attention!r}.", f"Use one of {', '.join(map(repr, known))}.")
+    if attention == "flash_attn" and not flash_attn_installed():
+        raise InvalidInput(
+            "attention", "is 'flash_attn', which is not installed.", "Install it, or use 'auto'."
+        )

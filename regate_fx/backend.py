@@ -17,6 +17,7 @@ from regate_fx.dynamo_settings import own_cache_entries
 from regate_fx.errors import LayerRefusal, NotGateable, PassFailed
 from regate_fx.inductor import Inductor
 from regate_fx.layerwise import LayerwiseGraph, compile_parts
+from regate_fx.ops.attention_kernels import Preferred
 from regate_fx.passes.base import Pass, PassContext, Refused
 from regate_fx.passes.bounds import Bound
 from regate_fx.passes.elide import ElideTokens
@@ -31,6 +32,7 @@ from regate_fx.passes.pipeline import (
     PipelineRun,
     run_passes,
 )
+from regate_fx.passes.placement import Place
 from regate_fx.passes.plan_nodes import ANCHOR
 from regate_fx.passes.split_layers import split_layers
 from regate_fx.passes.token_axes import check_picked_sizes
@@ -69,6 +71,7 @@ class GatingBackend:
     stops: raise `Captured` in place of running a graph; in `whole` mode then nothing of the model is computed.
     fused_loss: never build the logits of all rows for the loss; None where they would be large.
     bucketed: plans come with rows that fill a bucket.
+    prefer: what computes attention, where it can.
     tell: takes what is being done, while somebody waits for it.
     """
 
@@ -83,6 +86,7 @@ class GatingBackend:
     stops: bool = False
     fused_loss: bool | None = None
     bucketed: bool = False
+    prefer: Preferred = "auto"
     tell: Callable[[str], None] = field(kw_only=True)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
@@ -182,17 +186,17 @@ class GatingBackend:
 
     def _chosen_passes(self) -> Sequence[Pass]:
         passes = LAYERWISE if self.layerwise else self.passes
-        if self.bucketed:
-            passes = [
-                ElideTokens(bucketed=True) if isinstance(step, ElideTokens) else step for step in passes
-            ]
-        if self.fused_loss is None:
-            return passes
-        if self.fused_loss:
-            return [
-                FuseHeadLoss(least_bytes=0) if isinstance(step, FuseHeadLoss) else step for step in passes
-            ]
-        return [step for step in passes if not isinstance(step, FuseHeadLoss)]
+        return [chosen for step in passes if (chosen := self._as_asked(step)) is not None]
+
+    def _as_asked(self, step: Pass) -> Pass | None:
+        """A pass with the settings that were asked for; None where it is not to run."""
+        if isinstance(step, Place):
+            return Place(prefer=self.prefer)
+        if isinstance(step, ElideTokens):
+            return ElideTokens(bucketed=self.bucketed)
+        if isinstance(step, FuseHeadLoss) and self.fused_loss is not None:
+            return FuseHeadLoss(least_bytes=0) if self.fused_loss else None
+        return step
 
     def _compiler(self) -> Compiled:
         return lookup_backend(self.compiler) if isinstance(self.compiler, str) else self.compiler

@@ -29,6 +29,7 @@ from regate_fx.dynamo_settings import TRACE_LIMIT, capture_settings
 from regate_fx.errors import LayerRefusal, NotGateable, Unsupported
 from regate_fx.inputs import own_signature, padding_mask_name
 from regate_fx.live import LivePlan
+from regate_fx.ops.attention_kernels import Preferred
 from regate_fx.outputs import GatedOutput
 from regate_fx.passes.base import Refused
 from regate_fx.passes.pipeline import PIPELINE, REFERENCE, PipelineRun
@@ -60,6 +61,7 @@ class Options:
     strict: bool = True
     fused_loss: bool | None = None
     bucket: int | None = None
+    attention: Preferred = "auto"
 
 
 @dataclass
@@ -105,7 +107,8 @@ class CapturedModel:
         layerwise = self.options.scope == "layers" and not self.options.reference
         self._backend = GatingBackend(
             self.options.backend, passes, whole=whole, referable=self._is_checking, layerwise=layerwise,
-            fused_loss=self.options.fused_loss, bucketed=self.options.bucket is not None, tell=self.tell,
+            fused_loss=self.options.fused_loss, bucketed=self.options.bucket is not None,
+            prefer=self.options.attention, tell=self.tell,
         )  # fmt: skip
         self.graphs: list[PipelineRun] = []
         self._runs: dict[frozenset[str], Callable[..., Any]] = {}

@@ -133,7 +133,8 @@ def _by(attention: Attention, run: PipelineRun) -> str:
         return ""
     dtype = autocast_dtype(node, query.device.type) or query.dtype
     widths = query.shape[-1], fake(node.args[2]).shape[-1]
-    return f"; {kernel_name(dtype, proof.window, proof.explicit, *widths)}"
+    prefer = run.context.findings["placement"].prefer
+    return f"; {kernel_name(prefer, dtype, proof.window, proof.explicit, *widths)}"
 
 
 def _is_compact(attention: Attention, run: PipelineRun) -> bool:

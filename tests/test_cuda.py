@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import regate_fx
+from regate_fx.ops.attention_kernels import flash_attn_installed
 from regate_fx.runtime import DualCycle, ReGate, label_table
 
 pytestmark = pytest.mark.cuda
@@ -121,6 +122,19 @@ def test_llama_goes_by_the_kernel_for_packed_rows(generator: torch.Generator) ->
     gated = regate_fx.compile(on_cuda, backend="eager")
     observe(gated, moved(random_batch(generator, 3, 16), "cuda"))
     assert {layer.kind for layer in gated.report.layers} == {"varlen"}
+
+
+@pytest.mark.parametrize(
+    ("attention", "words"),
+    [("torch", "torch.nn.attention.varlen"), ("flex", "FlexAttention"), ("model", ""), ("flash_attn", "")],
+)
+def test_a_preferred_kernel(attention: Any, words: str, generator: torch.Generator) -> None:
+    if attention == "flash_attn" and not flash_attn_installed():
+        pytest.skip("flash_attn is not installed")
+    on_cuda, on_cpu = pair("llama", BF16, head_dim=16)
+    gated = regate_fx.compile(on_cuda, backend="aot_eager", attention=attention)
+    check_on_cuda(gated, on_cuda, on_cpu, "llama", random_batch(generator, 4, 24))
+    assert all(words in layer.attention for layer in gated.report.layers)
 
 
 def test_autocast(generator: torch.Generator) -> None:

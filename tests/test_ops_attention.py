@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from regate_fx.errors import InvalidInput, Unsupported
 from regate_fx.ops import attention_explicit, attention_flash_cpu, attention_kernels
 from regate_fx.ops.attention import supported, varlen_attention, varlen_attention_backward
-from regate_fx.ops.attention_kernels import Kernel, choose_kernel, kernel_name
+from regate_fx.ops.attention_kernels import choose_kernel, kernel_name, repeats_keys
 
 MASKS = [
     Case(causal=False, mask=kind, mask_shape=(per_sample, per_head))
@@ -307,20 +307,45 @@ def test_names_the_cuda_kernel(
 ) -> None:
     monkeypatch.setattr(attention_kernels, "flash_attn_installed", lambda: False)
     facts = {"window": 0, "mask": None, "d": 64, "dv": 64} | change
-    assert kernel_name(dtype, **facts) == name
+    assert kernel_name("auto", dtype, **facts) == name
 
 
 @pytest.mark.parametrize(
-    ("installed", "version", "heads", "kernel"),
+    ("prefer", "installed", "change", "kernel"),
     [
-        (True, (2, 11), (8, 2), Kernel("flash_attn", False)),
-        (False, (2, 11), (8, 2), Kernel("torch", True)),
-        (False, (2, 11), (8, 8), Kernel("torch", False)),
-        (False, (2, 12), (8, 2), Kernel("torch", False)),
+        ("auto", True, {}, "flash_attn"),
+        ("flash_attn", True, {}, "flash_attn"),
+        ("torch", True, {}, "torch"),
+        ("flex", True, {}, "flex"),
+        ("flex", True, {"d": 8, "dv": 8}, "flash_attn"),
+        ("auto", False, {}, "torch"),
+        ("flex", False, {}, "flex"),
+        ("torch", True, {"window": 4}, "flex"),
+        ("flash_attn", True, {"dtype": torch.float32}, "flex"),
+        ("auto", True, {"dtype": torch.float64}, None),
     ],
 )
-def test_chooses_the_cuda_kernel(installed: bool, version: tuple, heads: tuple, kernel: Kernel) -> None:
-    assert choose_kernel(installed, version, *heads) == kernel
+def test_prefers_a_cuda_kernel_where_it_can_compute(
+    prefer: str, installed: bool, change: dict, kernel: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_kernels, "flash_attn_installed", lambda: installed)
+    facts = {"dtype": torch.bfloat16, "window": 0, "mask": None, "d": 64, "dv": 64} | change
+    assert choose_kernel(prefer, **facts) == kernel
+
+
+@pytest.mark.parametrize(
+    ("kernel", "version", "heads", "repeats"),
+    [
+        ("flash_attn", (2, 11), (8, 2), False),
+        ("torch", (2, 11), (8, 2), True),
+        ("torch", (2, 11), (8, 8), False),
+        ("torch", (2, 12), (8, 2), False),
+    ],
+)
+def test_repeats_keys_for_a_kernel_that_knows_no_groups(
+    kernel: str, version: tuple, heads: tuple, repeats: bool
+) -> None:
+    assert repeats_keys(kernel, version, *heads) == repeats
 
 
 @pytest.mark.cuda

@@ -14,19 +14,19 @@ from torch.autograd.function import once_differentiable
 
 from regate_fx.errors import InvalidInput, Unsupported
 from regate_fx.ops import attention_cpu, attention_cuda, attention_flex
-from regate_fx.ops.attention_kernels import supported, takes_flash
+from regate_fx.ops.attention_kernels import Preferred, choose_kernel, supported
 from regate_fx.ops.visibility import Visibility
 
 __all__ = ["supported", "varlen_attention", "varlen_attention_backward"]
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, Tensor positions, Tensor? mask, "
-    "bool causal, int window, float scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor)"
+    "bool causal, int window, float scale, float dropout_p, Tensor? seed, str prefer='auto') -> (Tensor, Tensor)"
 )
 _BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
     "SymInt max_seqlen, Tensor positions, Tensor? mask, bool causal, int window, float scale, "
-    "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)"
+    "float dropout_p, Tensor? seed, str prefer='auto') -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -51,6 +51,7 @@ causal:     a query sees keys at its own position or before.
 window:     W > 0: a query sees keys at original positions after `query - W` only; 0: no limit.
 dropout_p:  probability that an attention weight is dropped, the others growing by 1 / (1 - p); `seed`,
             int64 [1], decides which, so that equal arguments give equal results in a recomputation.
+prefer:     the CUDA kernel that computes it where it can: "flash_attn", "torch", "flex" or "auto".
 
 Returns out [1, Hq, N, dv], whose transpose(1, 2) is contiguous, and lse [Hq, N], the logsumexp of each
 query's scores: float32, float64 for float64 queries. lse serves the backward only and has no gradient; zeros
@@ -81,6 +82,7 @@ def _forward_cpu(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    prefer: Preferred = "auto",
 ) -> tuple[Tensor, Tensor]:
     if q.shape[1] % k.shape[1]:
         problem = f"{q.shape[1]} query heads do not divide among {k.shape[1]} key heads."
@@ -108,6 +110,7 @@ def _backward_cpu(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    prefer: Preferred = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     sees = Visibility(positions, mask, causal, window)
     return attention_cpu.backward(
@@ -137,12 +140,14 @@ def _forward_cuda(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    prefer: Preferred = "auto",
 ) -> tuple[Tensor, Tensor]:
     reason = supported(q.device.type, q.dtype, causal, window, mask, dropout_p, q.shape[-1], v.shape[-1])
     if reason:
         raise Unsupported("this attention", f"{reason}.", "Ask regate_fx.ops.attention.supported beforehand.")
-    if takes_flash(q.dtype, window, mask, q.shape[-1], v.shape[-1]):
-        return attention_cuda.forward(q, k, v, cu_seqlens, max_seqlen, causal, scale)
+    kernel = choose_kernel(prefer, q.dtype, window, mask, q.shape[-1], v.shape[-1])
+    if kernel == "flash_attn" or kernel == "torch":
+        return attention_cuda.forward(kernel, q, k, v, cu_seqlens, max_seqlen, causal, scale)
     return attention_flex.forward(q, k, v, cu_seqlens, Visibility(positions, mask, causal, window), scale)
 
 
@@ -163,9 +168,13 @@ def _backward_cuda(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    prefer: Preferred = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if takes_flash(q.dtype, window, mask, q.shape[-1], v.shape[-1]):
-        return attention_cuda.backward(grad_out, q, k, v, out, lse, cu_seqlens, max_seqlen, causal, scale)
+    kernel = choose_kernel(prefer, q.dtype, window, mask, q.shape[-1], v.shape[-1])
+    if kernel == "flash_attn" or kernel == "torch":
+        return attention_cuda.backward(
+            kernel, grad_out, q, k, v, out, lse, cu_seqlens, max_seqlen, causal, scale
+        )
     sees = Visibility(positions, mask, causal, window)
     return attention_flex.backward(grad_out, q, k, v, cu_seqlens, sees, scale)
 
@@ -194,7 +203,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, max_seqlen, positions, mask, *rest, seed = inputs
+    q, k, v, cu_seqlens, max_seqlen, positions, mask, *rest, seed, prefer = inputs
     if mask is not None and mask.requires_grad:
         raise Unsupported(
             "a gradient of the attention mask", "the operator differentiates q, k and v.", "Detach the mask."
@@ -203,16 +212,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, positions, mask, seed)
     ctx.max_seqlen = max_seqlen
-    ctx.rest = rest
+    ctx.rest, ctx.prefer = rest, prefer
 
 
 @once_differentiable
 def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, cu_seqlens, positions, mask, seed = ctx.saved_tensors
     grads = varlen_attention_backward(
-        grad_out, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, positions, mask, *ctx.rest, seed
+        grad_out, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, positions, mask, *ctx.rest, seed, ctx.prefer
     )
-    return (*grads, *(None,) * 9)
+    return (*grads, *(None,) * 10)
 
 
 torch.library.register_autograd("regate_fx::varlen_attention", _autograd, setup_context=_setup_context)

@@ -8,18 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regate_fx.ops.attention_kernels import Kernel, choose_kernel, flash_attn_installed, torch_version
+from regate_fx.ops.attention_kernels import Kernel, repeats_keys, torch_version
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return out [1, Hq, N, d] with a contiguous transpose(1, 2) and lse float32 [Hq, N]."""
     if q.shape[2] == 0:
         return torch.empty_like(q), q.new_empty(q.shape[1], 0, dtype=torch.float32)
-    kernel = _kernel(q, k)
     rows_q, rows_k, rows_v = _rows(q), _repeated(_rows(k), q, kernel), _repeated(_rows(v), q, kernel)
-    if kernel.name == "flash_attn":
+    if kernel == "flash_attn":
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
         out, lse, *_ = _flash_attn_varlen_forward(
@@ -35,11 +41,12 @@ def forward(
             causal=causal,
         )
     else:
-        out, lse = _torch_forward(rows_q, rows_k, rows_v, cu_seqlens, max_seqlen, causal, scale, kernel)
+        out, lse = _torch_forward(rows_q, rows_k, rows_v, cu_seqlens, max_seqlen, causal, scale)
     return _heads(out), lse.contiguous()
 
 
 def backward(
+    kernel: Kernel,
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -54,10 +61,9 @@ def backward(
     """Return the gradients of q, k and v, each [1, H, N, d] with a contiguous transpose(1, 2)."""
     if q.shape[2] == 0:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    kernel = _kernel(q, k)
     rows_q, rows_k, rows_v = _rows(q), _repeated(_rows(k), q, kernel), _repeated(_rows(v), q, kernel)
     rows = (_rows(grad_out), rows_q, rows_k, rows_v, _rows(out))
-    if kernel.name == "flash_attn":
+    if kernel == "flash_attn":
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
         grads = (torch.empty_like(rows_q), torch.empty_like(rows_k), torch.empty_like(rows_v))
@@ -91,7 +97,6 @@ def _torch_forward(
     max_seqlen: int,
     causal: bool,
     scale: float,
-    kernel: Kernel,
 ) -> tuple[Tensor, Tensor]:
     import torch.nn.attention.varlen  # registers torch_attn::_varlen_attn
 
@@ -136,10 +141,6 @@ def _torch_backward(
     )  # fmt: skip
 
 
-def _kernel(q: Tensor, k: Tensor) -> Kernel:
-    return choose_kernel(flash_attn_installed(), torch_version(), q.shape[1], k.shape[1])
-
-
 def _rows(heads: Tensor) -> Tensor:
     """View [1, H, N, d] as [N, H, d] with unit stride inside."""
     rows = heads[0].transpose(0, 1)
@@ -152,7 +153,9 @@ def _heads(rows: Tensor) -> Tensor:
 
 
 def _repeated(rows: Tensor, q: Tensor, kernel: Kernel) -> Tensor:
-    return rows.repeat_interleave(q.shape[1] // rows.shape[1], 1) if kernel.repeat_keys else rows
+    if repeats_keys(kernel, torch_version(), q.shape[1], rows.shape[1]):
+        return rows.repeat_interleave(q.shape[1] // rows.shape[1], 1)
+    return rows
 
 
 def _summed(grad: Tensor, like: Tensor) -> Tensor:

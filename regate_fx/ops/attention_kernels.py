@@ -5,7 +5,6 @@ Shapes: Hq query heads, Hk key heads, d width of a query and key, dv width of a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Literal
@@ -18,22 +17,33 @@ _FLEX_DTYPES = (*_FLASH_DTYPES, torch.float32)
 _TORCH_GROUPS_HEADS_SINCE = (2, 12)
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """`repeat_keys`: the kernel wants one key head per query head, so that groups are repeated and summed."""
-
-    name: Literal["flash_attn", "torch"]
-    repeat_keys: bool
+# "auto": the first of the others that computes an attention. "model": the operators that the model is written with.
+Preferred = Literal["auto", "flash_attn", "torch", "flex", "model"]
+Kernel = Literal["flash_attn", "torch", "flex"]
+_WORDS: dict[Kernel, str] = {
+    "flash_attn": "flash_attn", "torch": "torch.nn.attention.varlen", "flex": "FlexAttention",
+}  # fmt: skip
 
 
 def choose_kernel(
-    flash_attn_installed: bool, torch_version: tuple[int, int], query_heads: int, key_heads: int
-) -> Kernel:
-    """Choose the CUDA kernel of one attention; what no kernel takes was refused by `supported` before."""
-    if flash_attn_installed:
-        return Kernel("flash_attn", repeat_keys=False)
-    grouped = query_heads != key_heads
-    return Kernel("torch", repeat_keys=grouped and torch_version < _TORCH_GROUPS_HEADS_SINCE)
+    prefer: Preferred, dtype: torch.dtype, window: int, mask: object, d: int, dv: int
+) -> Kernel | None:
+    """Which CUDA kernel computes an attention, the preferred one if it can; None where none can.
+
+    Packed rows are closer together than the positions they came from: a flash kernel's own window, which counts rows,
+    would reach too far back.
+    """
+    is_plain = window == 0 and (mask is None or mask is False)
+    by_flash = is_plain and dtype in _FLASH_DTYPES and d == dv and d <= 256 and d % 8 == 0
+    by_flex = _why_not_flex(dtype, d, dv) is None
+    if by_flash and not (by_flex and prefer == "flex"):
+        return "flash_attn" if flash_attn_installed() and prefer != "torch" else "torch"
+    return "flex" if by_flex else None
+
+
+def repeats_keys(kernel: Kernel, torch_version: tuple[int, int], query_heads: int, key_heads: int) -> bool:
+    """Whether a flash kernel wants one key head per query head, so that groups are repeated and summed."""
+    return kernel == "torch" and query_heads != key_heads and torch_version < _TORCH_GROUPS_HEADS_SINCE
 
 
 def supported(
@@ -59,19 +69,9 @@ def supported(
         return f"there is no variable-length attention kernel for device type {device_type!r}"
     if dropout_p:
         return "the CUDA kernels draw dropout from the device's global generator, not from a given seed"
-    if not takes_flash(dtype, window, mask, d, dv) and (reason := _why_not_flex(dtype, d, dv)) is not None:
-        return reason
+    if choose_kernel("auto", dtype, window, mask, d, dv) is None:
+        return _why_not_flex(dtype, d, dv)
     return _capability_reason(capability)
-
-
-def takes_flash(dtype: torch.dtype, window: int, mask: object, d: int, dv: int) -> bool:
-    """Whether a flash kernel computes an attention; FlexAttention computes the others.
-
-    Packed rows are closer together than the positions they came from: a flash kernel's own window, which counts rows,
-    would reach too far back.
-    """
-    is_plain = window == 0 and (mask is None or mask is False)
-    return is_plain and dtype in _FLASH_DTYPES and d == dv and d <= 256 and d % 8 == 0
 
 
 def _why_not_flex(dtype: torch.dtype, d: int, dv: int) -> str | None:
@@ -82,11 +82,11 @@ def _why_not_flex(dtype: torch.dtype, d: int, dv: int) -> str | None:
     return None
 
 
-def kernel_name(dtype: torch.dtype, window: int, mask: object, d: int, dv: int) -> str:
+def kernel_name(prefer: Preferred, dtype: torch.dtype, window: int, mask: object, d: int, dv: int) -> str:
     """What computes an attention on CUDA that `supported` lets pass, in words."""
-    if not takes_flash(dtype, window, mask, d, dv):
-        return "FlexAttention"
-    return "flash_attn" if flash_attn_installed() else "torch.nn.attention.varlen"
+    kernel = choose_kernel(prefer, dtype, window, mask, d, dv)
+    assert kernel is not None
+    return _WORDS[kernel]
 
 
 def _capability_reason(capability: tuple[int, int] | None) -> str | None:

@@ -28,7 +28,7 @@ from regate_fx.passes.base import (
     reads_number,
 )
 from regate_fx.passes.bucket import refuse_counted_rows
-from regate_fx.passes.emit import Emitter
+from regate_fx.passes.emit import Emitter, in_any_order
 from regate_fx.passes.layers import DecoderStack
 from regate_fx.passes.layouts import Layout, Layouts
 from regate_fx.passes.placement import Placement
@@ -305,7 +305,7 @@ class Rewriter:
     def _reinstantiate(self, node: fx.Node, layout: Layout) -> fx.Node:
         """The node's own operator in another layout: operands moved, sizes replaced."""
         args, kwargs = self.arguments(node, layout)
-        return self.emit.call(node.target, *args, **kwargs)
+        return self.emit.call(in_any_order(node.target), *args, **kwargs)
 
     def arguments(self, node: fx.Node, layout: Layout) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A node's arguments in a layout. A size in a place that is no shape keeps its captured value."""

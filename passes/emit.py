@@ -95,6 +95,12 @@ class Emitter:
         return self.call(torch.ops.aten.sym_size.int, tensor, dim) if isinstance(size, torch.SymInt) else size
 
 
+def in_any_order(target: Any) -> Any:
+    """An operator for values that may lie in memory in another order than captured ones: a view may need a copy."""
+    views = torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default
+    return torch.ops.aten.reshape.default if target in views else target
+
+
 @contextlib.contextmanager
 def _autocast(brackets: tuple[tuple[Any, ...], ...]) -> Iterator[None]:
     """The autocast state a node was captured under; `brackets` as `OpenBrackets` recorded them."""

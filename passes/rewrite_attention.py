@@ -12,6 +12,7 @@ from torch import fx
 from regate_fx.passes.axes import Axes, Token, has_token
 from regate_fx.passes.base import Refused, fake, operator_name
 from regate_fx.passes.contractions import operands_of, with_operand, zeroed
+from regate_fx.passes.emit import in_any_order
 from regate_fx.passes.layouts import Layout
 from regate_fx.passes.rules import Operands
 from regate_fx.passes.rules_math import MASKABLE
@@ -90,9 +91,7 @@ def emit_compact(rewriter: Rewriter, node: fx.Node) -> fx.Node:
             filled[0] = _fill(rewriter, filled[0], axes, dim, filler)
     else:
         filled = _without_empty_keys(rewriter, op, filled)
-    # Slots may lie in memory in another order than positions did: what was a view may need a copy.
-    is_view = node.target in (aten.view.default, aten._unsafe_view.default)
-    return rewriter.emit.call(aten.reshape.default if is_view else node.target, *filled, **kwargs)
+    return rewriter.emit.call(in_any_order(node.target), *filled, **kwargs)
 
 
 def _key_dims(op: Operands, axes: Axes) -> list[int]:

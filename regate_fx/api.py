@@ -7,13 +7,14 @@ from typing import Any, get_args
 
 from torch import nn
 
-from regate_fx.capture import Options, Scope
 from regate_fx.engine import GatedEngine
 from regate_fx.errors import InvalidInput
 from regate_fx.explain import explain
+from regate_fx.gating import Gate
 from regate_fx.inductor import Backend, chosen_backend
 from regate_fx.ops.attention_kernels import Preferred, flash_attn_installed
-from regate_fx.wrapper import Gate, ungated, wrap
+from regate_fx.options import Options, Scope
+from regate_fx.wrapper import ungated, wrap
 
 __all__ = ["compile", "explain"]
 

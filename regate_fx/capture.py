@@ -6,62 +6,31 @@ Shapes: B samples, S positions, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import (
-    BackendCompilerFailed,
-    FailOnRecompileLimitHit,
-    InternalTorchDynamoError,
-    UserError,
-)
-from torch._dynamo.exc import Unsupported as DynamoUnsupported
-from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 
+from regate_fx.added_arguments import AddedArguments
 from regate_fx.backend import Captured, Captures, GatingBackend
-from regate_fx.dynamo_settings import TRACE_LIMIT, capture_settings
-from regate_fx.errors import LayerRefusal, NotGateable, Unsupported
-from regate_fx.inputs import own_signature, padding_mask_name
+from regate_fx.dynamo_settings import capture_settings
+from regate_fx.errors import LayerRefusal, NotGateable
 from regate_fx.live import LivePlan
-from regate_fx.ops.attention_kernels import Preferred
+from regate_fx.options import Options
 from regate_fx.outputs import GatedOutput
 from regate_fx.passes.base import Refused
 from regate_fx.passes.pipeline import PIPELINE, REFERENCE, PipelineRun
 from regate_fx.plan import TokenPlan
+from regate_fx.refusals import NOT_WHOLE, as_refusal, finds_nothing, too_many_traces
 from regate_fx.sharded import Sharding
 from regate_fx.summary import fuller, summarise
 from regate_fx.symbols import mark_sizes
 from regate_fx.validation import undisturbed
 from regate_fx.wrapper import original_forward
-
-# What Dynamo raises when the capture needs a size to be a constant that was declared to vary.
-_STATIC_SIZES = (UserError, ConstraintViolationError)
-# The same, and what it raises where one graph was asked for and the code, or an error of its own, does not allow it.
-_NOT_WHOLE = (*_STATIC_SIZES, DynamoUnsupported, GuardOnDataDependentSymNode, InternalTorchDynamoError)
-
-
-Scope = Literal["model", "layers"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `regate_fx.compile` was asked for."""
-
-    backend: str | Callable[..., Any] = "inductor"
-    keep_logits: bool = False
-    validate: bool = True
-    reference: bool = False
-    scope: Scope = "model"
-    strict: bool = True
-    fused_loss: bool | None = None
-    bucket: int | None = None
-    attention: Preferred = "auto"
 
 
 @dataclass
@@ -98,6 +67,7 @@ class CapturedModel:
         self._is_checking = False
         self._by_sample = False
         self._live = LivePlan()
+        self._added = AddedArguments(model)
         self._start(whole=True)
 
     def _start(self, whole: bool) -> None:
@@ -133,11 +103,11 @@ class CapturedModel:
     def __call__(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
         try:
             return self._varying(plan, inputs)
-        except (NotGateable, *_NOT_WHOLE) as error:
+        except (NotGateable, *NOT_WHOLE) as error:
             # A break in the graph makes a model several graphs: the plan has to enter each, and a size that
             # passes from one to the next is taken for a constant.
             # With sharded layers no code outside the graph may run: it would meet stand-ins of their parameters.
-            cause = _as_refusal(error)
+            cause = as_refusal(error)
             if not self._whole or self.sharding is not None or not self._may_break(error):
                 raise cause from error
         started = self._whole, self._backend, self.graphs, self._runs
@@ -156,7 +126,7 @@ class CapturedModel:
             # The call was wrong, not the capture: the next good one finds it as it was.
             self._whole, self._backend, self.graphs, self._runs = started
             # In parts that hold no layer, why they are parts says more than that nothing was found in them.
-            if _finds_nothing(later) and not _finds_nothing(cause):
+            if finds_nothing(later) and not finds_nothing(cause):
                 raise cause from later
             raise
 
@@ -175,7 +145,7 @@ class CapturedModel:
         except Captured:
             captures = self._backend.captures
             self.graphs = fuller(captures.runs, self.graphs)
-        except (NotGateable, *_NOT_WHOLE) as error:
+        except (NotGateable, *NOT_WHOLE) as error:
             if not self._may_break(error):
                 raise
         finally:
@@ -203,7 +173,7 @@ class CapturedModel:
 
     def untouched(self, plan: TokenPlan, inputs: dict[str, Any]) -> Any:
         """The output of the user's own model in eager mode, which takes no notice of the plan."""
-        output = original_forward(self.model)(**(inputs | self._no_cache))
+        output = original_forward(self.model)(**(inputs | self._added.no_cache))
         self.has_run = True
         return output
 
@@ -219,38 +189,9 @@ class CapturedModel:
             )
         return self._runs[names]
 
-    @functools.cached_property
-    def _parameters(self) -> Mapping[str, inspect.Parameter]:
-        return own_signature(self.model).parameters
-
-    @functools.cached_property
-    def _no_cache(self) -> dict[str, Any]:
-        """A gated call has no cache: what it computed of a sequence is not what a later call would need."""
-        parameters = self._parameters.values()
-        takes = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        return {"use_cache": False} if takes else {}
-
-    @functools.cached_property
-    def _passed_on(self) -> frozenset[str]:
-        """The model's arguments, and those of the model inside that it passes what it does not name on to (PEFT's)."""
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self._parameters.values())
-        inside = own_signature(base).parameters if takes_any else {}
-        return frozenset((*self._parameters, *inside))
-
-    def _with_padding_mask(self, plan: TokenPlan, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Say that there is no padding where the caller says nothing.
-
-        Without mask and positions, models look for packed documents in positions they have just made themselves.
-        """
-        name = padding_mask_name(inputs)
-        if name not in self._passed_on or "position_ids" in inputs or name in inputs:
-            return inputs
-        return inputs | {name: torch.ones_like(plan.row_of)}
-
     def _call(self, plan: TokenPlan, inputs: dict[str, Any]) -> GatedOutput:
         captures = self._backend.captures
-        inputs = self._with_padding_mask(plan, inputs)
+        inputs = self._added.with_padding_mask(plan, inputs)
         sized = plan if self.options.bucket is None else plan.in_bucket(self.options.bucket)
         seen = captures.graphs, len(captures.refusals), len(captures.runs)
         ties = mark_sizes(sized, inputs, self._by_sample)
@@ -266,12 +207,16 @@ class CapturedModel:
         ):
             try:
                 loss, logits, aux_loss = self._run(inputs)(
-                    original_forward(self.model), self._live, inputs | self._no_cache, ties, wants_logits
+                    original_forward(self.model),
+                    self._live,
+                    inputs | self._added.no_cache,
+                    ties,
+                    wants_logits,
                 )
             except BackendCompilerFailed as error:
                 raise error.inner_exception from error
             except FailOnRecompileLimitHit as error:
-                raise _too_many_traces() from error
+                raise too_many_traces() from error
             except RuntimeError as error:
                 # What Dynamo says where one graph was asked for while it is switched off.
                 if "found no compiled frames" not in str(error):
@@ -331,39 +276,6 @@ class CapturedModel:
             return [LayerRefusal(None, "no-capture", reason)]
         reason = "the token plan reached no decoder layer that can be gated in a captured graph that ran"
         return [LayerRefusal(None, "no-graph", reason)]
-
-
-def _too_many_traces() -> Unsupported:
-    return Unsupported(
-        f"a gated model with more than {TRACE_LIMIT} traces",
-        "something beside batch size and sequence length changes from call to call.",
-        "TORCH_LOGS=recompiles names it.",
-    )
-
-
-def _as_refusal(error: Exception) -> Exception:
-    if isinstance(error, NotGateable):
-        return error
-    first = str(error).partition("\n")[0]
-    # Dynamo makes of it the same error as of a constant size.
-    if any(isinstance(origin, GuardOnDataDependentSymNode) for origin in _origins(error)):
-        reason = f"the model decides by a number that it reads from a tensor ({first})"
-        return NotGateable([LayerRefusal(None, "number", reason)])
-    if isinstance(error, _STATIC_SIZES):
-        reason = f"the model makes a constant of the batch size or the sequence length ({first})"
-        return NotGateable([LayerRefusal(None, "static-size", reason)])
-    return NotGateable([LayerRefusal(None, "graph-break", f"the model cannot be captured whole ({first})")])
-
-
-def _origins(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _finds_nothing(error: Exception) -> bool:
-    nothing = {"no-attention", "no-graph", "no-capture"}
-    return isinstance(error, NotGateable) and {refusal.code for refusal in error.refusals} <= nothing
 
 
 def _own_code(function: types.FunctionType) -> types.FunctionType:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from regate_fx.backend import Captures
-from regate_fx.capture import CapturedModel, Options
+from regate_fx.capture import CapturedModel
 from regate_fx.errors import NotGateable, Unsupported
 from regate_fx.inputs import padding_of
 from regate_fx.modes import evaluating
+from regate_fx.options import Options
 from regate_fx.outputs import GatedOutput
 from regate_fx.passes.pipeline import PipelineRun
 from regate_fx.plan import TokenPlan

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from regate_fx.backend import Captured
-from regate_fx.capture import Options
 from regate_fx.engine import GatedEngine
 from regate_fx.errors import InvalidInput, LayerRefusal, NotGateable, PassFailed
 from regate_fx.inputs import decoder_input, own_signature
+from regate_fx.options import Options
 from regate_fx.report import BatchTokens, Expectation, Report
 from regate_fx.summary import all_dense, summarise
 from regate_fx.untouched import untouched

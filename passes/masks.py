@@ -133,10 +133,15 @@ def _form(node: fx.Node, forms: dict[fx.Node, Form], analysis: TokenAxes, plan: 
     name = operator_name(node)
     if name in _KEEPS:
         return forms.get(node.args[0])
-    if name in _AND:
+    if name in _AND and all(_is_shown(arg) for arg in node.args):
         return _both(*(_as_sees(forms.get(arg)) for arg in node.args))
     evaluate = _EVALUATE.get(name)
     return evaluate(op, forms) if evaluate is not None else None
+
+
+def _is_shown(mask: Any) -> bool:
+    """Whether what is not zero in a mask is seen; a mask that is added to scores has zeros there."""
+    return isinstance(mask, fx.Node) and not fake(mask).is_floating_point()
 
 
 def _as_sees(form: Form) -> Form:
@@ -218,9 +223,11 @@ def _view(op: Operands, forms: dict[fx.Node, Form]) -> Form:
 
 def _cast(op: Operands, forms: dict[fx.Node, Form]) -> Form:
     form = forms.get(op["self"])
-    if isinstance(form, (Padding, Sees)) and fake(op.node).dtype is not torch.bool:
-        return form if isinstance(form, Padding) and not fake(op.node).is_floating_point() else None
-    return form
+    if not isinstance(form, (Padding, Sees)):
+        return form
+    if not _is_shown(op["self"]) or not _is_shown(op.node):
+        return None
+    return form if isinstance(form, Padding) or fake(op.node).dtype is torch.bool else None
 
 
 def _look_up(op: Operands, forms: dict[fx.Node, Form]) -> Form:

@@ -35,6 +35,9 @@ def emit_kernel(rewriter: Rewriter, node: fx.Node) -> fx.Node:
     proof = rewriter.masks[node]
     mask = _dense_mask(rewriter, op) if proof.explicit else None
     scale = op["scale"] if op["scale"] is not None else 1.0 / math.sqrt(fake(query).shape[-1])
+    if scale <= 0.0:
+        # The kernels scale scores that are hidden already, by minus infinity.
+        query, scale = emit.call(aten.mul.Scalar, query, scale), 1.0
     dropout = float(op["dropout_p"])
     seed = None
     if dropout > 0.0:

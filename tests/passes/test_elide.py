@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from captured import calls, operators, run_until
 from gating import (
     assert_all_active_is_eager,
@@ -16,7 +17,7 @@ from gating import (
     assert_is_key_masked,
     gate,
 )
-from small_decoder import Block, Loss, V, batch, decoder, hide, some_active
+from small_decoder import Block, Decoder, Loss, V, batch, decoder, heads, hide, merge_heads, some_active
 from torch import Tensor
 
 from regate_fx.errors import NotGateable
@@ -108,6 +109,25 @@ def test_numbers(extra: Callable[..., Tensor] | None, B: int, padded: bool) -> N
     assert_is_key_masked(gated, model, inputs, active)
     assert_elided_ids_do_not_matter(gated, inputs, active)
     assert_all_active_is_eager(gated, model, batch(B, S))
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_scores_that_are_turned_around(scale: float) -> None:
+    """Kernels that hide scores by minus infinity, and scale them then, would show what is hidden."""
+
+    class Scaled(Block):
+        def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
+            q, k, v = (heads(project(x)) for project in (self.q, self.k, self.v))
+            assert mask is not None
+            return self.o(merge_heads(F.scaled_dot_product_attention(q, k, v, mask, scale=scale)))
+
+    model = Decoder([Scaled(), Scaled()])
+    inputs, active = batch(padded=True), some_active()
+    gated = gate(model)
+    assert_is_key_masked(gated, model, inputs, active)
+    whole = dict(batch(), attention_mask=torch.ones(2, S, dtype=torch.int64))
+    assert_all_active_is_eager(gated, model, whole)
+    assert {layer.attention for layer in gated.report.layers} == {"causal, proven from the mask"}
 
 
 @pytest.mark.parametrize("active", [1, 2, S], ids=lambda n: f"{n} active")

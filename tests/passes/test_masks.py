@@ -142,6 +142,18 @@ def reversed_index(ids: Tensor, am: Tensor) -> Tensor:
     return (index[None, :] <= index[:, None])[None, None]
 
 
+def hidden_ones(ids: Tensor, am: Tensor) -> Tensor:
+    """What is not zero in a mask that is added to scores is hidden."""
+    q, k = grid(ids)
+    return torch.where(k <= q, 0.0, torch.finfo(torch.float32).min)[None, None].bool()
+
+
+def hidden_by_both(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    added = torch.where(k <= q, 0.0, torch.finfo(torch.float32).min)[None, None]
+    return torch.logical_and(added, torch.where(k <= q, 0.0, -torch.inf))
+
+
 PROVEN: dict[str, tuple[MaskCode, MaskProof]] = {
     "causal": (causal, MaskProof(causal=True)),
     "causal and padding": (causal_and_padding, MaskProof(causal=True)),
@@ -153,7 +165,8 @@ PROVEN: dict[str, tuple[MaskCode, MaskProof]] = {
 }
 EXPLICIT = (
     strictly_before, one_ahead, anticausal, two_sided_window, prefix, documents, query_padding, triangle,
-    inverted_padding, soft, biased, every_other, by_positions, reversed_index,
+    inverted_padding, soft, biased, every_other, by_positions, reversed_index, hidden_ones,
+    hidden_by_both,
 )  # fmt: skip
 
 

@@ -108,6 +108,15 @@ def test_float32_mask_beside_narrower_queries(dtype: torch.dtype) -> None:
     assert_as_good_as(batch.op(), batch.explicit(dtype), batch.explicit(torch.float64))
 
 
+@pytest.mark.parametrize("value", [-1e4, 1e4])
+def test_masks_far_from_zero(value: float) -> None:
+    """They cancel out in the weights, which a backward from rounded logsumexps would not find."""
+    batch = Batch(MASKS[4], torch.float32)
+    batch.mask += value
+    found, plain, exact = batch.op(), batch.explicit(torch.float32), batch.explicit(torch.float64)
+    assert_as_good_as(found, plain, exact)
+
+
 def test_query_masked_everywhere_by_a_finite_number_averages_its_keys() -> None:
     batch = Batch(Case(causal=False, mask="float"), torch.float32)
     batch.mask[..., batch.positions[2], :] = torch.finfo(torch.float32).min

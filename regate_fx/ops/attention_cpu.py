@@ -17,9 +17,9 @@ from torch import Tensor
 from regate_fx.ops import attention_explicit, attention_flash_cpu
 from regate_fx.ops.visibility import Visibility
 
-# A query whose every key is masked by a large finite number has a logsumexp so far from 0 that the backward
-# of flash attention, which rebuilds the weights from it, loses them to rounding. Real scores stay above this.
-_LSE_FLOOR = -1e3
+# A query to whose every key a mask adds a large finite number has a logsumexp so far from 0 that the backward
+# of flash attention, which rebuilds the weights from it, loses them to rounding. Real scores stay within this.
+_LSE_LIMIT = 1e3
 
 
 class Block(NamedTuple):
@@ -97,7 +97,7 @@ def backward(
     for block in _blocks(cu_seqlens, sees, q.dtype, single):
         given, bias = (block.of(grad_out), block.of(q), block.of(k), block.of(v)), block.bias
         block_lse = block.of(lse_rows).squeeze(3)
-        if draws is None and not (sees.mask is not None and bool((block_lse < _LSE_FLOOR).any())):
+        if draws is None and not (sees.mask is not None and bool((block_lse.abs() > _LSE_LIMIT).any())):
             found = block.of(out), block_lse
             parts = attention_flash_cpu.backward(*given, *found, bias, sees.causal, scale)
         else:

@@ -250,9 +250,10 @@ class _Reference:
         """A mean over all positions, zero at elided ones, as one over the active ones."""
         with self.emit.like(mean), self.graph.inserting_before(mean.next):
             every = self.emit.call(aten.sum.default, self.emit.call(aten.ones_like.default, self.active))
-            share = self.emit.call(aten.div.Tensor, every, self._count())
-            corrected = self.emit.call(aten.mul.Tensor, mean, share)
-        mean.replace_all_uses_with(corrected, delete_user_cb=lambda user: user is not corrected)
+            # Not by their ratio, which as one of whole numbers would be rounded to float32.
+            total = self.emit.call(aten.mul.Tensor, mean, every)
+            corrected = self.emit.call(aten.div.Tensor, total, self._count())
+        mean.replace_all_uses_with(corrected, delete_user_cb=lambda user: user is not total)
 
     def count_active(self) -> None:
         """Divide sums that were divided by the number of positions by that of active ones."""

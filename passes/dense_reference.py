@@ -9,7 +9,7 @@ Shapes: B samples, S positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,9 @@ class DenseReference:
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         rewrite = _Reference(gm, ctx)
         gated = [layer for layer in rewrite.stack.layers if layer.refused is None]
-        summands = {node: rewrite.summand(node) for node in rewrite.sums.begins}
+        layouts = ctx.findings["placement"].layouts
+        # A sum that a dense layer spreads to its tokens is over all of them.
+        summands = {node: rewrite.summand(node) for node in rewrite.sums.begins if node in layouts}
         for layer in gated:
             rewrite.mask_layer(layer)
         losses = [node for node, kind in rewrite.analysis.kinds.items() if kind is Kind.LOSS]
@@ -53,7 +55,7 @@ class DenseReference:
             rewrite.mask_loss(node)
         for node, summand in summands.items():
             rewrite.mask_sum(node, summand)
-        rewrite.count_active()
+        rewrite.count_active(layouts)
         ctx.findings["loss"] = bool(losses)
         return PassResult(gm, len(gated) + len(losses))
 
@@ -255,11 +257,11 @@ class _Reference:
             corrected = self.emit.call(aten.div.Tensor, total, self._count())
         mean.replace_all_uses_with(corrected, delete_user_cb=lambda user: user is not total)
 
-    def count_active(self) -> None:
+    def count_active(self, layouts: Mapping[fx.Node, Layout]) -> None:
         """Divide sums that were divided by the number of positions by that of active ones."""
         for node in self.sums.plain:
             times = positions_in_divisor(node, self.symbols)
-            if times is not None:
+            if times is not None and node in layouts:
                 with self.emit.like(node), self.graph.inserting_before(node):
                     count = self.emit.call(aten.mul.Scalar, self._count(), float(times))
                 node.args = (node.args[0], count)

@@ -35,6 +35,7 @@ from regate_fx.passes.placement import Placement
 from regate_fx.passes.plan_nodes import ANCHOR, PlanNodes
 from regate_fx.passes.rewrite_attention import emit_compact, emit_kernel
 from regate_fx.passes.rewrite_loss import LossRewrite, emit_loss
+from regate_fx.passes.rewrite_written import emit_written
 from regate_fx.passes.rules import Kind, Operands
 from regate_fx.passes.rules_shape import is_whole_slice
 from regate_fx.passes.scalars import (
@@ -258,6 +259,9 @@ class Rewriter:
             pass
         elif kind is Kind.LOSS and layout is Layout.PACKED:
             values.layouts[Layout.DENSE] = emit_loss(self, node)
+        elif (written := self.placement.written.get(node)) is not None:
+            if node is written.result:
+                values.layouts[Layout.PACKED] = emit_written(self, written)
         elif kind is Kind.ATTENTION and layout is Layout.PACKED:
             values.layouts[Layout.PACKED] = emit_kernel(self, node)
         elif layout is Layout.COMPACT:

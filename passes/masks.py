@@ -8,7 +8,7 @@ pairs as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,7 +78,7 @@ Form = Index | Padding | Sees | Constant | None
 class ProveMasks:
     """Prove the mask of every attention operator; puts `{node: MaskProof}` into the findings.
 
-    Beside it, as `padding`: the nodes that are the padding mask, by key.
+    Beside it, as `padding`: the nodes that are the padding mask, by key; as `forms`: what is known of each node.
     """
 
     name: str = "prove_masks"
@@ -96,6 +96,7 @@ class ProveMasks:
             if kind is Kind.ATTENTION
         }
         ctx.findings["masks"] = masks
+        ctx.findings["forms"] = forms
         ctx.findings["padding"] = {node for node, form in forms.items() if form == Padding(-1)}
         return PassResult(gm, sum(not proof.explicit for proof in masks.values()))
 
@@ -104,10 +105,15 @@ def _proof(op: Operands, forms: dict[fx.Node, Form]) -> MaskProof:
     mask = op["attn_mask"]
     if mask is None:
         return MaskProof(causal=bool(op["is_causal"]))
-    form = forms[mask]
-    if isinstance(form, Padding) and form.dim == -1:
-        form = Sees()
-    if not isinstance(form, Sees) or op["is_causal"] or form.high not in (0, math.inf):
+    return MaskProof(explicit=True) if op["is_causal"] else proof_of([forms[mask]])
+
+
+def proof_of(masks: Sequence[Form]) -> MaskProof:
+    """What a query sees behind masks of these forms, padding apart."""
+    form: Form = Sees()
+    for mask in masks:
+        form = None if isinstance(mask, Constant) else _both(form, _as_sees(mask))
+    if not isinstance(form, Sees) or form.high not in (0, math.inf):
         return MaskProof(explicit=True)
     if form.low == -math.inf:
         return MaskProof(causal=form.high == 0)

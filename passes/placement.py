@@ -13,7 +13,7 @@ from regate_fx.passes.gradients import learned_nodes
 from regate_fx.passes.hidden_keys import HiddenKeys, hidden_keys
 from regate_fx.passes.layers import DecoderStack, Layer, numbered_modules
 from regate_fx.passes.layouts import Layout
-from regate_fx.passes.masks import MaskProof
+from regate_fx.passes.masks import Form, MaskProof
 from regate_fx.passes.pair_groups import why_no_attention
 from regate_fx.passes.residual import adds_up
 from regate_fx.passes.rewrite_attention import autocast_dtype
@@ -21,6 +21,7 @@ from regate_fx.passes.rules import Kind, Operands
 from regate_fx.passes.token_axes import TokenAxes
 from regate_fx.passes.token_content import TokenContent, token_content
 from regate_fx.passes.token_sums import TokenSums, find_token_sums, refuse_sums_over_all
+from regate_fx.passes.written_attention import WrittenAttention, written_attention
 
 
 @dataclass
@@ -28,12 +29,14 @@ class Placement:
     """The layout of each node that is not dense, and where packed states are scattered back.
 
     `scatter_base[x]`: x is packed and also needed at every position; elided ones show that dense stream value.
-    `no_kernel[x]`: why the attention operator x is compact. prefer: what attention operators are to be computed by.
+    `no_kernel[x]`: why the attention operator x is compact. `written[x]`: the attention written by hand that x is an
+    operator of, to become a single one. prefer: what attention operators are to be computed by.
     """
 
     layouts: dict[fx.Node, Layout] = field(default_factory=dict)
     scatter_base: dict[fx.Node, fx.Node] = field(default_factory=dict)
     no_kernel: dict[fx.Node, str] = field(default_factory=dict)
+    written: dict[fx.Node, WrittenAttention] = field(default_factory=dict)
     prefer: Preferred = "auto"
 
     def layout(self, node: fx.Node) -> Layout:
@@ -62,7 +65,8 @@ class Place:
         hidden = hidden_keys(gm.graph.nodes, stack, analysis, ctx.findings["padding"])
         for layer in stack.layers:
             layer.refused = _why_not(layer, stack, analysis, content, hidden)
-        placement = _Placer(gm, stack, analysis, ctx.findings["masks"], sums, self.prefer).place()
+        masks, forms = ctx.findings["masks"], ctx.findings["forms"]
+        placement = _Placer(gm, stack, analysis, masks, forms, hidden, sums, self.prefer).place()
         ctx.findings["placement"] = placement
         if any(layer.refused is None for layer in stack.layers):
             refuse_sums_over_all(list(gm.graph.nodes), placement.layouts, stack, analysis)
@@ -103,6 +107,8 @@ class _Placer:
         stack: DecoderStack,
         analysis: TokenAxes,
         masks: dict[fx.Node, MaskProof],
+        forms: dict[fx.Node, Form],
+        hidden: HiddenKeys,
         sums: TokenSums,
         prefer: Preferred,
     ) -> None:
@@ -111,6 +117,8 @@ class _Placer:
         self.stack = stack
         self.analysis = analysis
         self.masks = masks
+        self.forms = forms
+        self.hidden = hidden
         self.sums = sums
         self.learned = learned_nodes(self.nodes)
         self.of_losses = _of_losses(self.nodes, stack, analysis)
@@ -130,7 +138,26 @@ class _Placer:
             is_of_rows = node in self.stack.content or node in self.sums.beside
             if is_of_rows and node not in needed_dense and self._is_packable(node):
                 self.placement.layouts[node] = self._layout(node)
+        self._find_written()
         return self.placement
+
+    def _find_written(self) -> None:
+        """Attention that one operator is to compute has packed rows in the end, and nothing before."""
+        varying = self.stack.content | self.learned
+        for layer in self.stack.layers:
+            if layer.index in self.dense:
+                continue
+            for attention in layer.attentions:
+                found = written_attention(attention, self.analysis, self.forms, self.hidden, varying)
+                if found is not None and not attention.kernel and self._why_not_written(found) is None:
+                    for node in attention.nodes:
+                        self.placement.written[node] = found
+                        del self.placement.layouts[node]
+                    self.placement.layouts[found.result] = Layout.PACKED
+
+    def _why_not_written(self, found: WrittenAttention) -> str | None:
+        mask = True if found.proof.explicit else None
+        return self._why_not_one_operator(found.result, found.query, found.value, found.proof, mask, 0.0)
 
     def _layout(self, node: fx.Node) -> Layout:
         if operator_name(node) == "getitem":
@@ -148,18 +175,23 @@ class _Placer:
         mask = op["attn_mask"] if proof.explicit else None
         if mask is not None and (mask in self.stack.content or mask in self.learned):
             return "its mask is learned"
-        query, value = fake(op["query"]), fake(op["value"])
+        return self._why_not_one_operator(node, op["query"], op["value"], proof, mask, op["dropout_p"])
+
+    def _why_not_one_operator(
+        self, node: fx.Node, query: fx.Node, value: fx.Node, proof: MaskProof, mask: object, dropout: float
+    ) -> str | None:
+        queries, values = fake(query), fake(value)
         if self.placement.prefer == "model":
             return "the model's own operators are preferred"
-        if self.placement.prefer != "auto" and query.device.type == "cpu":
+        if self.placement.prefer != "auto" and queries.device.type == "cpu":
             reason = (
                 f"attention={self.placement.prefer!r} names a CUDA kernel, and this attention is on the CPU"
             )
             raise Refused("kernel", reason, node)
-        dtype = autocast_dtype(node, query.device.type) or query.dtype
+        dtype = autocast_dtype(node, queries.device.type) or queries.dtype
         return supported(
-            query.device.type, dtype, proof.causal, proof.window, mask, op["dropout_p"], query.shape[-1],
-            value.shape[-1],
+            queries.device.type, dtype, proof.causal, proof.window, mask, dropout, queries.shape[-1],
+            values.shape[-1],
         )  # fmt: skip
 
     def _is_packable(self, node: fx.Node) -> bool:

@@ -14,6 +14,7 @@ from regate_fx.passes.base import Refused, fake, operator_name
 from regate_fx.passes.contractions import operands_of, with_operand, zeroed
 from regate_fx.passes.emit import in_any_order
 from regate_fx.passes.layouts import Layout
+from regate_fx.passes.masks import MaskProof
 from regate_fx.passes.rules import Operands
 from regate_fx.passes.rules_math import MASKABLE
 from regate_fx.passes.shared_heads import before_repeat
@@ -27,27 +28,42 @@ aten = torch.ops.aten
 def emit_kernel(rewriter: Rewriter, node: fx.Node) -> fx.Node:
     """`regate_fx::varlen_attention` in place of `scaled_dot_product_attention`; [1, H, N, d] in and out."""
     op = Operands(node, rewriter.analysis.axes, rewriter.symbols)
-    emit, indices = rewriter.emit, rewriter.layouts.indices
+    emit = rewriter.emit
     query, key, value = (
-        _as_autocast(rewriter, node, rewriter.value(operand, Layout.PACKED))
+        as_autocast(rewriter, node, rewriter.value(operand, Layout.PACKED))
         for operand in (op["query"], *before_repeat(op["key"], op["value"]))
     )
     proof = rewriter.masks[node]
-    mask = _dense_mask(rewriter, op) if proof.explicit else None
+    mask = dense_mask(rewriter, rewriter.value(op["attn_mask"], Layout.DENSE)) if proof.explicit else None
     scale = op["scale"] if op["scale"] is not None else 1.0 / math.sqrt(fake(query).shape[-1])
-    if scale <= 0.0:
-        # The kernels scale scores that are hidden already, by minus infinity.
-        query, scale = emit.call(aten.mul.Scalar, query, scale), 1.0
     dropout = float(op["dropout_p"])
     seed = None
     if dropout > 0.0:
         seed = emit.call(aten.randint.low, -(2**62), 2**62, [1], dtype=torch.int64, device=fake(query).device)
-    both = emit.call(
+    return varlen(rewriter, (query, key, value), proof, mask, scale, dropout, seed)
+
+
+def varlen(
+    rewriter: Rewriter,
+    qkv: tuple[fx.Node, fx.Node, fx.Node],
+    proof: MaskProof,
+    mask: fx.Node | None,
+    scale: float,
+    dropout: float,
+    seed: fx.Node | None,
+) -> fx.Node:
+    """Attention among packed rows of queries, keys and values, each [1, H, N, d]."""
+    indices = rewriter.layouts.indices
+    query, key, value = qkv
+    if scale <= 0.0:
+        # The kernels scale scores that are hidden already, by minus infinity.
+        query, scale = rewriter.emit.call(aten.mul.Scalar, query, scale), 1.0
+    both = rewriter.emit.call(
         torch.ops.regate_fx.varlen_attention.default,
         query, key, value, indices.cu_seqlens, indices.slots, indices.positions,
         mask, proof.causal, proof.window, scale, dropout, seed, rewriter.placement.prefer,
     )  # fmt: skip
-    return emit.call(operator.getitem, both, 0)
+    return rewriter.emit.call(operator.getitem, both, 0)
 
 
 def autocast_dtype(node: fx.Node, device: str) -> torch.dtype | None:
@@ -59,7 +75,7 @@ def autocast_dtype(node: fx.Node, device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if ambient else None
 
 
-def _as_autocast(rewriter: Rewriter, node: fx.Node, value: fx.Node) -> fx.Node:
+def as_autocast(rewriter: Rewriter, node: fx.Node, value: fx.Node) -> fx.Node:
     """Attention is on autocast's list of lower-precision operators; the operator that replaces it is not."""
     tensor = fake(value)
     dtype = autocast_dtype(node, tensor.device.type)
@@ -68,9 +84,8 @@ def _as_autocast(rewriter: Rewriter, node: fx.Node, value: fx.Node) -> fx.Node:
     return rewriter.emit.call(aten._to_copy.default, value, dtype=dtype)
 
 
-def _dense_mask(rewriter: Rewriter, op: Operands) -> fx.Node:
-    """The captured mask as [1 or B, 1 or H, S, S]."""
-    mask = rewriter.value(op["attn_mask"], Layout.DENSE)
+def dense_mask(rewriter: Rewriter, mask: fx.Node) -> fx.Node:
+    """A mask over all pairs as [1 or B, 1 or H, S, S]."""
     rank = len(fake(mask).shape)
     emit, sizes = rewriter.emit, rewriter.layouts.sizes[Layout.DENSE]
     if rank < 4:

@@ -32,6 +32,15 @@ def before_repeat(key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
     return (own_key, own_value) if same else (key, value)
 
 
+def own_keys(transposed: fx.Node) -> fx.Node | None:
+    """Keys [B, H, S, d] of which [B, H, d, S] are a transposed view; None where they are made otherwise."""
+    node = _peel(transposed)
+    if node.target is not aten.transpose.int or len(fake(node).shape) != 4:
+        return None
+    source, *swapped = node.args
+    return source if {dim % 4 for dim in swapped} == {2, 3} else None
+
+
 def _source(node: fx.Node) -> fx.Node | None:
     node = _peel(node)
     if operator_name(node) == "aten.repeat_interleave":

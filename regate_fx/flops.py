@@ -91,6 +91,8 @@ def _by_segment(run: PipelineRun) -> tuple[dict[int, _Products], int]:
             uncounted += 1
             continue
         kind = placement.layout(node), analysis.kinds.get(node) is Kind.ATTENTION
+        if node in placement.written:
+            kind = Layout.PACKED, True
         segments[stack.segment.get(node, BEFORE)].sums[kind] += sizes.renamed(flops)
     return segments, uncounted
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from regate_fx.backend import Captures
 from regate_fx.errors import LayerRefusal
@@ -14,6 +14,7 @@ from regate_fx.ops.attention_kernels import kernel_name
 from regate_fx.passes.base import fake, operator_name, source_line
 from regate_fx.passes.layers import Attention, DecoderStack, Layer
 from regate_fx.passes.layouts import Layout
+from regate_fx.passes.masks import MaskProof
 from regate_fx.passes.pipeline import PipelineRun
 from regate_fx.passes.rewrite_attention import autocast_dtype
 from regate_fx.passes.token_axes import TokenAxes
@@ -116,23 +117,26 @@ def _layer(layer: Layer, index: int, run: PipelineRun, costs: GraphCosts) -> Lay
 
 def _sees(attention: Attention, run: PipelineRun) -> str:
     """What the queries see, and how that is known."""
+    node, placement = attention.nodes[0], run.context.findings["placement"]
+    if (written := placement.written.get(node)) is not None:
+        proof = written.proof
+        origin = "" if proof in (MaskProof(), MaskProof(explicit=True)) else ", proven from its masks"
+        return f"{proof}{origin}{_by(written.result, written.query, written.value, proof, run)}"
     if not attention.kernel:
         return "as written"
-    node = attention.nodes[0]
     proof = run.context.findings["masks"][node]
     masked = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     origin = "" if proof.explicit else ", declared" if masked is None else ", proven from the mask"
-    return f"{proof}{origin}{_by(attention, run)}"
+    by = "" if _is_compact(attention, run) else _by(node, node.args[0], node.args[2], proof, run)
+    return f"{proof}{origin}{by}"
 
 
-def _by(attention: Attention, run: PipelineRun) -> str:
+def _by(node: fx.Node, query: fx.Node, value: fx.Node, proof: MaskProof, run: PipelineRun) -> str:
     """Which of several kernels computes it; there is one on the CPU, and none where nothing is computed."""
-    node = attention.nodes[0]
-    proof, query = run.context.findings["masks"][node], fake(node.args[0])
-    if query.device.type in ("cpu", "meta") or _is_compact(attention, run):
+    queries, widths = fake(query), (fake(query).shape[-1], fake(value).shape[-1])
+    if queries.device.type in ("cpu", "meta"):
         return ""
-    dtype = autocast_dtype(node, query.device.type) or query.dtype
-    widths = query.shape[-1], fake(node.args[2]).shape[-1]
+    dtype = autocast_dtype(node, queries.device.type) or queries.dtype
     prefer = run.context.findings["placement"].prefer
     return f"; {kernel_name(prefer, dtype, proof.window, proof.explicit, *widths)}"
 

@@ -1,0 +1,328 @@
+"""Recognise attention that a model writes by hand, where one variable-length operator computes the same.
+
+Softmax over scores of queries and keys, scaled by a number, hidden by masks, times values. What has more in it (a cap,
+sinks, biases that are learned, weights that are read) keeps its own operators.
+
+Two kinds of masks are followed. One that is filled in (`masked_fill`, `where`) has to be proven to leave every query
+something to see: where it does not, filled scores count, and have no gradient. One that is added may be anything.
+
+Shapes: B samples, H heads, S positions, d width of a query and key, dv width of a value. What has B and H may have them
+as one dimension B * H.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from regate_fx.passes.axes import Axes, Token, has_token
+from regate_fx.passes.base import fake, is_tensor, operator_name
+from regate_fx.passes.hidden_keys import HiddenKeys
+from regate_fx.passes.layers import Attention
+from regate_fx.passes.masks import Constant, Form, MaskProof, proof_of
+from regate_fx.passes.rewrite_attention import autocast_dtype
+from regate_fx.passes.token_axes import TokenAxes
+
+aten = torch.ops.aten
+
+_COPIES = {"aten.clone", "aten.contiguous", "aten.alias"}
+_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+_EXPANDS = {"aten.expand", "aten.expand_as"}
+_NOT = {"aten.bitwise_not", "aten.logical_not", "aten.__invert__"}
+_SOFTMAX = {"aten.softmax", "aten._softmax"}
+_PRODUCTS = {"aten.matmul", "aten.bmm"}
+# Filled in for what is hidden: beside any score that is seen, it counts for nothing.
+_HIDES = -1e4
+
+
+@dataclass(frozen=True)
+class Added:
+    """A mask that is added to scores of a dtype: [B, H, S, S], or what broadcasts to it."""
+
+    mask: fx.Node
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class WrittenAttention:
+    """`softmax(query @ key * scale, behind masks) @ value`.
+
+    query: [B, H, S, d], key: [B, H, d, S], value: [B, H, S, dv]. result: the last product; inside: the operators before
+    it, which nothing else reads. sees: what masks whose meaning is known let a query see; added: the others.
+    """
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    result: fx.Node
+    scale: float
+    inside: tuple[fx.Node, ...]
+    sees: MaskProof
+    added: tuple[Added, ...]
+
+    @property
+    def proof(self) -> MaskProof:
+        return MaskProof(explicit=True) if self.added else self.sees
+
+
+def written_attention(
+    attention: Attention,
+    analysis: TokenAxes,
+    forms: dict[fx.Node, Form],
+    hidden: HiddenKeys,
+    varying: Set[fx.Node],
+) -> WrittenAttention | None:
+    """What a group of operators over pairs computes, if it is an attention that one operator could compute.
+
+    varying: what depends on token content or carries gradients, which no mask may.
+    """
+    results = [node for node in attention.nodes if any(user not in attention.nodes for user in node.users)]
+    if len(results) != 1 or operator_name(results[0]) not in _PRODUCTS:
+        return None
+    return _Reader(set(attention.nodes), results[0], analysis, forms, hidden, varying).read()
+
+
+class _Unlike(Exception):
+    """This is no attention that is followed here."""
+
+
+@dataclass
+class _Reader:
+    """Reads an attention from its result back to queries and keys.
+
+    fills: the largest number that hides a pair, of those that were filled in. scale: the factors so far.
+    """
+
+    members: set[fx.Node]
+    result: fx.Node
+    analysis: TokenAxes
+    forms: dict[fx.Node, Form]
+    hidden: HiddenKeys
+    varying: Set[fx.Node]
+    inside: list[fx.Node] = field(default_factory=list)
+    known: list[Form] = field(default_factory=list)
+    added: list[Added] = field(default_factory=list)
+    fills: float = -math.inf
+    scale: float = 1.0
+
+    def read(self) -> WrittenAttention | None:
+        try:
+            return self._read()
+        except _Unlike:
+            return None
+
+    def _read(self) -> WrittenAttention:
+        weights, value = self.result.args[:2]
+        softmax = self._behind(weights, self._hands_on_weights)
+        _must(operator_name(softmax) in _SOFTMAX and _is_last(softmax))
+        product = self._behind(self._through(softmax), self._hands_on_scores)
+        _must(operator_name(product) in _PRODUCTS | {"aten.baddbmm"})
+        query, key = self._factors(product)
+        inside = (*self.inside, product)
+        _must({*inside, self.result} == self.members)
+        self._check_operands(query, key, value, product)
+        sees = proof_of(self.known)
+        # A number that is not the lowest may be above one that another mask adds to what is seen.
+        _must(not sees.explicit and not (self.added and self.fills > torch.finfo(fake(softmax).dtype).min))
+        self._check_added()
+        return WrittenAttention(query, key, value, self.result, self.scale, inside, sees, tuple(self.added))
+
+    def _behind(self, node: Any, passes: Callable[[fx.Node], bool]) -> fx.Node:
+        while True:
+            _must(node in self.members)
+            if not passes(node):
+                assert isinstance(node, fx.Node)
+                return node
+            node = self._through(node)
+
+    def _through(self, node: fx.Node) -> Any:
+        """The member that an operator takes: the only one, or others are missing among those inside."""
+        self.inside.append(node)
+        return next((source for source in node.all_input_nodes if source in self.members), None)
+
+    def _hands_on_weights(self, node: fx.Node) -> bool:
+        if operator_name(node) == "aten.dropout":
+            _must(node.args[1] == 0 or not node.args[2])
+            return True
+        return self._hands_on(node, fake(self.result.args[1]).dtype)
+
+    def _hands_on(self, node: fx.Node, narrow: torch.dtype | None = None) -> bool:
+        """Copies, samples and heads as one dimension or two, and casts that round nothing or to `narrow`."""
+        name, source = operator_name(node), node.args[0] if node.args else None
+        if name == "aten._to_copy":
+            before, after = fake(source).dtype, fake(node).dtype
+            _must(before.is_floating_point and after.is_floating_point)
+            _must(after == narrow or torch.promote_types(before, after) == after)
+            return True
+        if node.target in _VIEWS:
+            heads = [heads_of(self.analysis.of(value), value) for value in (source, node)]
+            _must(heads[0] is not None and heads[0] == heads[1])
+            return True
+        return name in _COPIES
+
+    def _hands_on_scores(self, node: fx.Node) -> bool:
+        """What is done to a score before the softmax; notes masks and factors."""
+        if self._hands_on(node) or self._keeps_finite(node):
+            return True
+        if (factor := self._factor(node)) is not None:
+            self.scale *= factor
+            return True
+        return self._hides(node)
+
+    def _keeps_finite(self, node: fx.Node) -> bool:
+        """`max(score, lowest number)`: of a hidden pair as hidden, of another the same."""
+        if operator_name(node) not in ("aten.maximum", "aten.max") or len(node.args) != 2:
+            return False
+        bound = self._number(next((other for other in node.args if other not in self.members), None))
+        _must(bound is not None and bound <= torch.finfo(fake(node).dtype).min)
+        return True
+
+    def _factor(self, node: fx.Node) -> float | None:
+        """What a score is multiplied by."""
+        name = operator_name(node)
+        if name not in ("aten.mul", "aten.div"):
+            return None
+        _must(len(node.args) == 2 and not node.kwargs and node.args[0] in self.members)
+        number = self._number(node.args[1])
+        _must(number is not None and number != 0.0 and math.isfinite(number))
+        assert number is not None
+        return number if name == "aten.mul" else 1.0 / number
+
+    def _hides(self, node: fx.Node) -> bool:
+        """Whether a mask is added or filled in."""
+        name, args = operator_name(node), node.args
+        if name == "aten.add":
+            others = [argument for argument in args if argument not in self.members]
+            _must(len(args) == 2 and not node.kwargs and len(others) == 1)
+            self._add(others[0], fake(node).dtype)
+        elif name == "aten.masked_fill":
+            self._fill(args[1], args[2], is_shown=False)
+        elif name == "aten.where" and len(args) == 3:
+            self._fill(
+                args[0], args[2] if args[1] in self.members else args[1], is_shown=args[1] in self.members
+            )
+        else:
+            return False
+        # A factor behind a mask would be the mask's, too.
+        _must(self.scale == 1.0)
+        return True
+
+    def _add(self, mask: Any, dtype: torch.dtype) -> None:
+        mask = self._source(mask)
+        # What is not zero in a mask of bools or integers is shown, as a mask that is added it is something else.
+        _must(fake(mask).is_floating_point())
+        form = self.forms.get(mask)
+        if proof_of([form]).explicit:
+            self.added.insert(0, Added(mask, dtype))
+        else:
+            self.known.append(form)
+
+    def _fill(self, condition: Any, value: Any, is_shown: bool) -> None:
+        condition = self._source(condition)
+        while operator_name(condition) in _NOT and fake(condition.args[0]).dtype is torch.bool:
+            condition, is_shown = self._source(condition.args[0]), not is_shown
+        number, form = self._number(value), self.forms.get(condition)
+        _must(fake(condition).dtype is torch.bool and is_shown and not proof_of([form]).explicit)
+        _must(number is not None and number <= _HIDES)
+        assert number is not None
+        self.known.append(form)
+        self.fills = max(self.fills, number)
+
+    def _source(self, mask: Any) -> fx.Node:
+        """A mask before it was expanded, or got samples and heads as one dimension."""
+        _must(is_tensor(mask) and mask not in self.members)
+        while operator_name(mask) in _EXPANDS or operator_name(mask) in _COPIES or self._merges(mask):
+            mask = mask.args[0]
+        _must(mask not in self.varying)
+        return mask
+
+    def _merges(self, mask: fx.Node) -> bool:
+        if mask.target not in _VIEWS:
+            return False
+        before, after = self.analysis.of(mask.args[0]), self.analysis.of(mask)
+        return (len(before), len(after)) == (4, 3) and before.dims[2:] == after.dims[1:]
+
+    def _number(self, value: Any) -> float | None:
+        if is_tensor(value) and not fake(value).dim():
+            form, held = self.forms.get(value), self.hidden.of(value)
+            value = form.value if isinstance(form, Constant) else next(iter(held)) if len(held) == 1 else None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return None
+        return float(value)
+
+    def _factors(self, product: fx.Node) -> tuple[Any, Any]:
+        """Queries and keys; of `baddbmm`, notes what it adds to their products."""
+        if operator_name(product) != "aten.baddbmm":
+            return product.args[0], product.args[1]
+        added, query, key = product.args
+        beta, alpha = (product.kwargs.get(name, 1) for name in ("beta", "alpha"))
+        number = self._number(alpha)
+        _must(number is not None and number != 0.0 and math.isfinite(number))
+        if beta != 0 and self.forms.get(added) != Constant(0.0):
+            _must(beta == 1 and self.scale == 1.0)
+            self._add(added, fake(product).dtype)
+        assert number is not None
+        self.scale *= number
+        return query, key
+
+    def _check_operands(self, query: Any, key: Any, value: Any, product: fx.Node) -> None:
+        """Queries [B, H, S, d], keys [B, H, d, S] and values [B, H, S, dv] of one dtype."""
+        operands = (query, key, value)
+        _must(all(is_tensor(node) and node not in self.members for node in operands))
+        axes = [self.analysis.of(node) for node in operands]
+        heads = [heads_of(self.analysis.of(node), node) for node in (*operands, self.result)]
+        columns = [found.dims[-2:] for found in axes]
+        sequences, widths = zip(columns[0], columns[1][::-1], columns[2], strict=True)
+        _must(all(dim == (Token.S,) for dim in sequences) and not any(map(has_token, widths)))
+        sizes = [fake(query).shape[-1], fake(key).shape[-2], fake(value).shape[-1]]
+        _must(all(isinstance(size, int) for size in sizes) and None not in heads)
+        # A single head is every query's, as an operator with groups of heads has it.
+        _must(heads[3] == heads[0] and heads[1] == heads[2] and heads[1] in (1, heads[0]))
+        _must(len({found.has_batch for found in axes}) == 1)
+        _must(fake(query).dtype == fake(key).dtype == fake(value).dtype)
+        device = fake(query).device.type
+        _must(autocast_dtype(product, device) == autocast_dtype(self.result, device))
+
+    def _check_added(self) -> None:
+        """As one mask, what is added must not be larger than the scores of what is active can be."""
+        heads = heads_of(self.analysis.of(self.result), self.result)
+        of_heads = of_samples = False
+        for added in self.added:
+            axes = self.analysis.of(added.mask)
+            sizes = fake(added.mask).shape
+            _must(not axes.aggregate and len(axes) <= 4)
+            pairs = zip(axes.dims[-2:], sizes[-2:], strict=True)
+            _must(all(dim == (Token.S,) or (dim == () and size == 1) for dim, size in pairs))
+            for dim, size in zip(axes.dims[-3:-2], sizes[-3:-2], strict=True):
+                _must(not has_token(dim) and size in (1, heads))
+                of_heads |= size != 1
+            _must(axes.dims[:-3] in ((), ((),), ((Token.B,),)))
+            of_samples |= axes.has_batch
+        _must(not (of_heads and of_samples))
+
+
+def _must(holds: bool) -> None:
+    if not holds:
+        raise _Unlike
+
+
+def heads_of(axes: Axes, node: fx.Node) -> int | None:
+    """H of a value [B, H, ...] or [B * H, ...]."""
+    if len(axes) == 4:
+        heads = fake(node).shape[1]
+        plain = axes.dims[0] in ((Token.B,), ()) and not has_token(axes.dims[1]) and isinstance(heads, int)
+        return heads if plain else None
+    if len(axes) != 3:
+        return None
+    numbers = axes.dims[0][1:] if axes.dims[0][:1] == (Token.B,) else axes.dims[0]
+    return math.prod(numbers) if all(isinstance(number, int) for number in numbers) else None  # type: ignore[arg-type]
+
+
+def _is_last(softmax: fx.Node) -> bool:
+    rank, dim = len(fake(softmax).shape), softmax.args[1]
+    return isinstance(dim, int) and dim % rank == rank - 1

@@ -36,7 +36,7 @@ def t5(implementation: str) -> nn.Module:
     return T5ForConditionalGeneration(config)
 
 
-MODELS = [(bart, "sdpa", "varlen"), (bart, "eager", "compact"), (t5, "eager", "compact")]
+MODELS = [(bart, "sdpa", "varlen"), (bart, "eager", "varlen"), (t5, "eager", "compact")]
 
 
 @dataclass(frozen=True)

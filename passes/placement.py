@@ -11,7 +11,7 @@ from regate_fx.passes.axes import Axes
 from regate_fx.passes.base import PassContext, PassResult, Refused, fake, is_tensors, operator_name
 from regate_fx.passes.gradients import learned_nodes
 from regate_fx.passes.hidden_keys import HiddenKeys, hidden_keys
-from regate_fx.passes.layers import DecoderStack, Layer, numbered_modules
+from regate_fx.passes.layers import Attention, DecoderStack, Layer, numbered_modules
 from regate_fx.passes.layouts import Layout
 from regate_fx.passes.masks import Form, MaskProof
 from regate_fx.passes.pair_groups import why_no_attention
@@ -21,7 +21,7 @@ from regate_fx.passes.rules import Kind, Operands
 from regate_fx.passes.token_axes import TokenAxes
 from regate_fx.passes.token_content import TokenContent, token_content
 from regate_fx.passes.token_sums import TokenSums, find_token_sums, refuse_sums_over_all
-from regate_fx.passes.written_attention import WrittenAttention, written_attention
+from regate_fx.passes.written_attention import OwnOperators, WrittenAttention, written_attention
 
 
 @dataclass
@@ -29,13 +29,14 @@ class Placement:
     """The layout of each node that is not dense, and where packed states are scattered back.
 
     `scatter_base[x]`: x is packed and also needed at every position; elided ones show that dense stream value.
-    `no_kernel[x]`: why the attention operator x is compact. `written[x]`: the attention written by hand that x is an
-    operator of, to become a single one. prefer: what attention operators are to be computed by.
+    `no_kernel[x]`: why the attention that starts with x is compact, and the operator that makes it so. `written[x]`:
+    the attention written by hand that x is an operator of, to become a single one. prefer: what attention operators
+    are to be computed by.
     """
 
     layouts: dict[fx.Node, Layout] = field(default_factory=dict)
     scatter_base: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    no_kernel: dict[fx.Node, str] = field(default_factory=dict)
+    no_kernel: dict[fx.Node, tuple[str, fx.Node]] = field(default_factory=dict)
     written: dict[fx.Node, WrittenAttention] = field(default_factory=dict)
     prefer: Preferred = "auto"
 
@@ -142,29 +143,35 @@ class _Placer:
         return self.placement
 
     def _find_written(self) -> None:
+        for layer in self.stack.layers:
+            for attention in layer.attentions if layer.index not in self.dense else ():
+                if not attention.kernel:
+                    self._read_written(attention)
+
+    def _read_written(self, attention: Attention) -> None:
         """Attention that one operator is to compute has packed rows in the end, and nothing before."""
         varying = self.stack.content | self.learned
-        for layer in self.stack.layers:
-            if layer.index in self.dense:
-                continue
-            for attention in layer.attentions:
-                found = written_attention(attention, self.analysis, self.forms, self.hidden, varying)
-                if found is not None and not attention.kernel and self._why_not_written(found) is None:
-                    for node in attention.nodes:
-                        self.placement.written[node] = found
-                        del self.placement.layouts[node]
-                    self.placement.layouts[found.result] = Layout.PACKED
-
-    def _why_not_written(self, found: WrittenAttention) -> str | None:
+        found = written_attention(attention, self.analysis, self.forms, self.hidden, varying)
+        if isinstance(found, OwnOperators):
+            strange = f"one operator cannot do what {operator_name(found.node)} does here"
+            self.placement.no_kernel[attention.nodes[0]] = strange, found.node
+            return
         mask = True if found.proof.explicit else None
-        return self._why_not_one_operator(found.result, found.query, found.value, found.proof, mask, 0.0)
+        reason = self._why_not_one_operator(found.result, found.query, found.value, found.proof, mask, 0.0)
+        if reason is not None:
+            self.placement.no_kernel[attention.nodes[0]] = reason, found.result
+            return
+        for node in attention.nodes:
+            self.placement.written[node] = found
+            del self.placement.layouts[node]
+        self.placement.layouts[found.result] = Layout.PACKED
 
     def _layout(self, node: fx.Node) -> Layout:
         if operator_name(node) == "getitem":
             return self.placement.layout(node.args[0])  # several values are moved one by one
         kind = self.analysis.kinds.get(node)
         if kind is Kind.ATTENTION and (reason := self._why_no_kernel(node)) is not None:
-            self.placement.no_kernel[node] = reason
+            self.placement.no_kernel[node] = reason, node
             return Layout.COMPACT
         return Layout.COMPACT if kind in (Kind.PAIRS, Kind.SAMPLES) else Layout.PACKED
 

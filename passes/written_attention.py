@@ -13,7 +13,7 @@ as one dimension B * H.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,15 +76,23 @@ def written_attention(
     forms: dict[fx.Node, Form],
     hidden: HiddenKeys,
     varying: Set[fx.Node],
-) -> WrittenAttention | None:
-    """What a group of operators over pairs computes, if it is an attention that one operator could compute.
+) -> WrittenAttention | OwnOperators:
+    """What a group of operators over pairs computes, where one operator could compute the same.
 
     varying: what depends on token content or carries gradients, which no mask may.
     """
     results = [node for node in attention.nodes if any(user not in attention.nodes for user in node.users)]
-    if len(results) != 1 or operator_name(results[0]) not in _PRODUCTS:
-        return None
-    return _Reader(set(attention.nodes), results[0], analysis, forms, hidden, varying).read()
+    other = next((node for node in results if operator_name(node) not in _PRODUCTS), None)
+    if other is not None or len(results) != 1:
+        return OwnOperators(results[0] if other is None else other)
+    return _Reader(attention.nodes, results[0], analysis, forms, hidden, varying).read()
+
+
+@dataclass(frozen=True)
+class OwnOperators:
+    """An attention that keeps its operators: one operator could not do what `node` does."""
+
+    node: fx.Node
 
 
 class _Unlike(Exception):
@@ -95,10 +103,11 @@ class _Unlike(Exception):
 class _Reader:
     """Reads an attention from its result back to queries and keys.
 
-    fills: the largest number that hides a pair, of those that were filled in. scale: the factors so far.
+    at: the member that is read. fills: the largest number that hides a pair, of those that were filled in.
+    scale: the factors so far.
     """
 
-    members: set[fx.Node]
+    members: Sequence[fx.Node]
     result: fx.Node
     analysis: TokenAxes
     forms: dict[fx.Node, Form]
@@ -109,12 +118,14 @@ class _Reader:
     added: list[Added] = field(default_factory=list)
     fills: float = -math.inf
     scale: float = 1.0
+    at: fx.Node = field(init=False)
 
-    def read(self) -> WrittenAttention | None:
+    def read(self) -> WrittenAttention | OwnOperators:
+        self.at = self.result
         try:
             return self._read()
         except _Unlike:
-            return None
+            return OwnOperators(self.at)
 
     def _read(self) -> WrittenAttention:
         weights, value = self.result.args[:2]
@@ -124,7 +135,9 @@ class _Reader:
         _must(operator_name(product) in _PRODUCTS | {"aten.baddbmm"})
         query, key = self._factors(product)
         inside = (*self.inside, product)
-        _must({*inside, self.result} == self.members)
+        others = [node for node in self.members if node not in inside and node is not self.result]
+        self.at = others[0] if others else product
+        _must(not others)
         self._check_operands(query, key, value, product)
         sees = proof_of(self.known)
         # A number that is not the lowest may be above one that another mask adds to what is seen.
@@ -135,8 +148,9 @@ class _Reader:
     def _behind(self, node: Any, passes: Callable[[fx.Node], bool]) -> fx.Node:
         while True:
             _must(node in self.members)
+            assert isinstance(node, fx.Node)
+            self.at = node
             if not passes(node):
-                assert isinstance(node, fx.Node)
                 return node
             node = self._through(node)
 
@@ -293,6 +307,7 @@ class _Reader:
         heads = heads_of(self.analysis.of(self.result), self.result)
         of_heads = of_samples = False
         for added in self.added:
+            self.at = added.mask
             axes = self.analysis.of(added.mask)
             sizes = fake(added.mask).shape
             _must(not axes.aggregate and len(axes) <= 4)

@@ -11,7 +11,7 @@ from regate_fx.backend import Captures
 from regate_fx.errors import LayerRefusal
 from regate_fx.flops import BEFORE, BatchCosts, GraphCosts, graph_costs
 from regate_fx.ops.attention_kernels import kernel_name
-from regate_fx.passes.base import fake, operator_name, source_line
+from regate_fx.passes.base import fake, source_line
 from regate_fx.passes.layers import Attention, DecoderStack, Layer
 from regate_fx.passes.layouts import Layout
 from regate_fx.passes.masks import MaskProof
@@ -149,14 +149,5 @@ def _why_compact(attention: Attention, run: PipelineRun) -> tuple[str, str] | No
     """Reason and source line, if an attention is not one variable-length operator."""
     if not _is_compact(attention, run):
         return None
-    if attention.kernel:
-        node = attention.nodes[0]
-        return run.context.findings["placement"].no_kernel[node], source_line(node)
-    softmax = [node for node in attention.nodes if operator_name(node) in _SOFTMAX]
-    if softmax:
-        return "its softmax is written by hand", source_line(softmax[0])
-    node = attention.nodes[0]
-    return f"its attention is written with {operator_name(node)}", source_line(node)
-
-
-_SOFTMAX = {"aten.softmax", "aten._softmax"}
+    reason, node = run.context.findings["placement"].no_kernel[attention.nodes[0]]
+    return reason if attention.kernel else f"its attention is written by hand: {reason}", source_line(node)

@@ -199,17 +199,18 @@ class _Oracle:
         if hasattr(precise, "set_experts_implementation"):
             with contextlib.suppress(Exception):
                 precise.set_experts_implementation("eager")
+        doubled = replace(batch)
         if batch.inputs_embeds is not None:
-            batch = replace(batch, inputs_embeds=batch.inputs_embeds.detach().double().requires_grad_())
-        if isinstance(batch, (PictureBatch, DecoderBatch, UserMaskBatch)):
-            batch = batch.double()
+            doubled = replace(batch, inputs_embeds=batch.inputs_embeds.detach().double().requires_grad_())
+        if isinstance(doubled, (PictureBatch, DecoderBatch, UserMaskBatch)):
+            doubled = doubled.double()
         paths = {id(module): path for path, module in self.model.named_modules()}
         held = [precise.get_submodule(paths[id(module)]) for module in self.gated_modules]
         try:
             with _AllInFloat64():
-                return run_masked(precise, batch, self.shifted, held)
+                return run_masked(precise, doubled, self.shifted, held)
         except RuntimeError:
-            return run_masked(self.model, replace(batch), self.shifted, self.gated_modules)
+            return run_masked(self.model, batch, self.shifted, self.gated_modules)
 
 
 def _judge(comparison: Comparison, name: str, row: Row, loose: float) -> None:

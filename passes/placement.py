@@ -13,7 +13,8 @@ from regate_fx.passes.gradients import learned_nodes
 from regate_fx.passes.hidden_keys import HiddenKeys, hidden_keys
 from regate_fx.passes.layers import Attention, DecoderStack, Layer, numbered_modules
 from regate_fx.passes.layouts import Layout
-from regate_fx.passes.masks import Form, MaskProof
+from regate_fx.passes.mask_forms import Form
+from regate_fx.passes.masks import MaskProof
 from regate_fx.passes.pair_groups import why_no_attention
 from regate_fx.passes.residual import adds_up
 from regate_fx.passes.rewrite_attention import autocast_dtype

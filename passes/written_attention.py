@@ -24,7 +24,8 @@ from regate_fx.passes.axes import Axes, Token, has_token
 from regate_fx.passes.base import fake, is_tensor, operator_name
 from regate_fx.passes.hidden_keys import HiddenKeys
 from regate_fx.passes.layers import Attention
-from regate_fx.passes.masks import Constant, Form, MaskProof, proof_of
+from regate_fx.passes.mask_forms import Constant, Form, shown_by
+from regate_fx.passes.masks import MaskProof, proof_of
 from regate_fx.passes.rewrite_attention import autocast_dtype
 from regate_fx.passes.token_axes import TokenAxes
 
@@ -33,7 +34,6 @@ aten = torch.ops.aten
 _COPIES = {"aten.clone", "aten.contiguous", "aten.alias"}
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _EXPANDS = {"aten.expand", "aten.expand_as"}
-_NOT = {"aten.bitwise_not", "aten.logical_not", "aten.__invert__"}
 _SOFTMAX = {"aten.softmax", "aten._softmax"}
 _PRODUCTS = {"aten.matmul", "aten.bmm"}
 # Filled in for what is hidden: beside any score that is seen, it counts for nothing.
@@ -238,13 +238,11 @@ class _Reader:
 
     def _fill(self, condition: Any, value: Any, is_shown: bool) -> None:
         condition = self._source(condition)
-        while operator_name(condition) in _NOT and fake(condition.args[0]).dtype is torch.bool:
-            condition, is_shown = self._source(condition.args[0]), not is_shown
-        number, form = self._number(value), self.forms.get(condition)
-        _must(fake(condition).dtype is torch.bool and is_shown and not proof_of([form]).explicit)
+        number, seen = self._number(value), shown_by(self.forms.get(condition), is_shown)
+        _must(fake(condition).dtype is torch.bool and not proof_of([seen]).explicit)
         _must(number is not None and number <= _HIDES)
         assert number is not None
-        self.known.append(form)
+        self.known.append(seen)
         self.fills = max(self.fills, number)
 
     def _source(self, mask: Any) -> fx.Node:

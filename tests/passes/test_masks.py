@@ -154,6 +154,107 @@ def hidden_by_both(ids: Tensor, am: Tensor) -> Tensor:
     return torch.logical_and(added, torch.where(k <= q, 0.0, -torch.inf))
 
 
+def square(ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(ids.shape[1], ids.shape[1], dtype=dtype)
+
+
+def triangle_of_numbers(ids: Tensor, am: Tensor) -> Tensor:
+    return square(ids).tril().bool()
+
+
+def not_above(ids: Tensor, am: Tensor) -> Tensor:
+    return ~square(ids, torch.bool).triu(1)
+
+
+def lowest_above(ids: Tensor, am: Tensor) -> Tensor:
+    return torch.full((ids.shape[1], ids.shape[1]), -torch.inf).triu(diagonal=1)
+
+
+def filled_where_zero(ids: Tensor, am: Tensor) -> Tensor:
+    return torch.zeros(ids.shape[1], ids.shape[1]).masked_fill(square(ids).tril() == 0, -torch.inf)
+
+
+def one_minus(ids: Tensor, am: Tensor) -> Tensor:
+    return (1.0 - square(ids).tril().view(1, 1, *square(ids).shape)) * torch.finfo(torch.float32).min
+
+
+def zeros_below(ids: Tensor, am: Tensor) -> Tensor:
+    index = torch.arange(ids.shape[1])
+    lowest = torch.full((ids.shape[1], ids.shape[1]), torch.finfo(torch.float32).min)
+    return lowest.masked_fill(index < (index + 1).view(ids.shape[1], 1), 0)
+
+
+def not_hidden_by_either(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    return ~((k > q) | (~am.bool())[:, None, None, :])
+
+
+def sum_of_masks(ids: Tensor, am: Tensor) -> Tensor:
+    q, k = grid(ids)
+    lowest = torch.finfo(torch.float32).min
+    return torch.where(am.bool(), 0.0, lowest)[:, None, None, :] + torch.where(k <= q, 0.0, lowest)
+
+
+def hidden_further(ids: Tensor, am: Tensor) -> Tensor:
+    return lowest_above(ids, am).masked_fill(~am.bool()[:, None, None, :], -torch.inf)
+
+
+def kept_further(ids: Tensor, am: Tensor) -> Tensor:
+    return torch.where(am.bool()[:, None, None, :], lowest_above(ids, am), -torch.inf)
+
+
+def between_triangles(ids: Tensor, am: Tensor) -> Tensor:
+    return square(ids, torch.bool).tril() & square(ids, torch.bool).triu(1 - W)
+
+
+def not_outside(ids: Tensor, am: Tensor) -> Tensor:
+    """What is neither above nor below a band, as bools that say what is hidden."""
+    q, k = grid(ids)
+    return torch.logical_not((k > q) | (k <= q - W))
+
+
+def added_ones(ids: Tensor, am: Tensor) -> Tensor:
+    return square(ids).tril()
+
+
+def hidden_a_little(ids: Tensor, am: Tensor) -> Tensor:
+    return (1 - square(ids).tril()) * -1e4
+
+
+def only_above(ids: Tensor, am: Tensor) -> Tensor:
+    return square(ids, torch.bool).triu(1)
+
+
+def hides_itself(ids: Tensor, am: Tensor) -> Tensor:
+    return torch.full((ids.shape[1], ids.shape[1]), -torch.inf).triu()
+
+
+def hides_what_is_below(ids: Tensor, am: Tensor) -> Tensor:
+    return square(ids).tril() * torch.finfo(torch.float32).min
+
+
+def below_zero(ids: Tensor, am: Tensor) -> Tensor:
+    """Nothing is: numbers without a sign begin anew."""
+    return (square(ids, torch.uint8).tril() - 1) < 0
+
+
+def by_ids_of_documents(ids: Tensor, am: Tensor) -> Tensor:
+    """What is no padding may be another number than one."""
+    q, k = grid(ids)
+    lowest = torch.finfo(torch.float32).min
+    return torch.where(k <= q, 0.0, lowest) + (1.0 - am[:, None, None, :]) * lowest
+
+
+def sum_of_triangles(ids: Tensor, am: Tensor) -> Tensor:
+    return square(ids).tril() + square(ids).triu(1)
+
+
+def halved(ids: Tensor, am: Tensor) -> Tensor:
+    """The lowest number of half precision is none of single precision."""
+    lowest = torch.full((ids.shape[1], ids.shape[1]), torch.finfo(torch.float16).min, dtype=torch.float16)
+    return lowest.triu(1).float()
+
+
 PROVEN: dict[str, tuple[MaskCode, MaskProof]] = {
     "causal": (causal, MaskProof(causal=True)),
     "causal and padding": (causal_and_padding, MaskProof(causal=True)),
@@ -162,11 +263,25 @@ PROVEN: dict[str, tuple[MaskCode, MaskProof]] = {
     "window by difference": (window_by_difference, MaskProof(causal=True, window=W)),
     "padding only": (padding_only, MaskProof()),
     "additive causal": (additive_causal, MaskProof(causal=True)),
+    "triangle": (triangle, MaskProof(causal=True)),
+    "triangle of numbers": (triangle_of_numbers, MaskProof(causal=True)),
+    "not above": (not_above, MaskProof(causal=True)),
+    "lowest above": (lowest_above, MaskProof(causal=True)),
+    "filled where zero": (filled_where_zero, MaskProof(causal=True)),
+    "one minus": (one_minus, MaskProof(causal=True)),
+    "zeros below": (zeros_below, MaskProof(causal=True)),
+    "not hidden by either": (not_hidden_by_either, MaskProof(causal=True)),
+    "sum of masks": (sum_of_masks, MaskProof(causal=True)),
+    "hidden further": (hidden_further, MaskProof(causal=True)),
+    "kept further": (kept_further, MaskProof(causal=True)),
+    "between triangles": (between_triangles, MaskProof(causal=True, window=W)),
+    "not outside": (not_outside, MaskProof(causal=True, window=W)),
 }
 EXPLICIT = (
-    strictly_before, one_ahead, anticausal, two_sided_window, prefix, documents, query_padding, triangle,
+    strictly_before, one_ahead, anticausal, two_sided_window, prefix, documents, query_padding,
     inverted_padding, soft, biased, every_other, by_positions, reversed_index, hidden_ones,
-    hidden_by_both,
+    hidden_by_both, added_ones, hidden_a_little, only_above, hides_itself, hides_what_is_below, below_zero,
+    by_ids_of_documents, sum_of_triangles, halved,
 )  # fmt: skip
 
 

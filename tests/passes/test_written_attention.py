@@ -53,8 +53,8 @@ def chosen(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
-def by_buffer(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """A triangle of numbers, whose meaning is not known, and the padding added."""
+def by_triangle_of_numbers(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """A triangle of numbers, and the padding added."""
     S = q.shape[2]
     triangle = torch.ones(S, S).tril().bool()
     scores = torch.where(triangle, q @ k.mT, LOWEST) + torch.where(seen, 0.0, LOWEST)
@@ -127,6 +127,18 @@ def in_double(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor
     return (hide(q.double() @ k.double().mT, seen).softmax(-1) @ v.double()).float()
 
 
+def by_not_of_numbers(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """What is not zero in a mask that is added is hidden, and zeros are shown."""
+    hidden = torch.logical_not(torch.where(seen, 0.0, LOWEST))
+    return (q @ k.mT).masked_fill(~hidden, -1e9).softmax(-1) @ v
+
+
+def by_triangle(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    S = q.shape[2]
+    hidden = torch.logical_not(torch.ones(S, S).tril())
+    return hide((q @ k.mT).masked_fill(hidden, -1e9), seen).softmax(-1) @ v
+
+
 ONE_OPERATOR = [
     (added, "causal, proven from its masks"),
     (filled, "causal, proven from its masks"),
@@ -139,6 +151,9 @@ ONE_OPERATOR = [
     (near, "causal, window 3, proven from its masks"),
     (turned_around, "causal, proven from its masks"),
     (by_root, "causal, proven from its masks"),
+    (by_triangle_of_numbers, "causal, proven from its masks"),
+    (by_triangle, "causal, proven from its masks"),
+    (by_not_of_numbers, "causal, proven from its masks"),
     (two_biases, "mask read at active pairs"),
     (lifted, "mask read at active pairs"),
     (in_double, "causal, proven from its masks"),
@@ -207,6 +222,12 @@ def blind(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     return (q @ k.mT).masked_fill(~(index < index[:, None]), -1e9).softmax(-1) @ v
 
 
+def every_other(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """What is filled in hides what no proof is about."""
+    index = torch.arange(q.shape[2])
+    return hide((q @ k.mT).masked_fill((index[:, None] - index) % 2 == 1, -1e9), seen).softmax(-1) @ v
+
+
 def two_depths(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     scores = (q @ k.mT).masked_fill(torch.eye(q.shape[2]).bool(), -2e4)
     return scores.masked_fill(~seen, -1e9).softmax(-1) @ v
@@ -228,18 +249,6 @@ def by_number(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor
     index = torch.arange(q.shape[2])
     far = (60 * (index[:, None] - index).clamp(0, 2)).to(torch.int8)
     return hide(20 * (q @ k.mT) + far + far, seen).softmax(-1) @ v
-
-
-def by_not_of_numbers(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """What is not zero in a mask that is added is hidden, and its opposite shown."""
-    hidden = torch.logical_not(torch.where(seen, 0.0, LOWEST))
-    return (q @ k.mT).masked_fill(~hidden, -1e9).softmax(-1) @ v
-
-
-def by_triangle(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    S = q.shape[2]
-    hidden = torch.logical_not(torch.ones(S, S).tril())
-    return hide((q @ k.mT).masked_fill(hidden, -1e9), seen).softmax(-1) @ v
 
 
 def rounded(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
@@ -268,7 +277,7 @@ def of_samples_and_heads(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor
 
 OWN_OPERATORS = [
     capped, read_twice, scaled_behind, learned, by_content, learned_factor, of_samples_and_heads,
-    by_buffer, two_depths, by_truth, by_number, by_not_of_numbers, by_triangle, rounded, cut_off,
+    every_other, two_depths, by_truth, by_number, rounded, cut_off,
     by_pairs_of_heads,
 ]  # fmt: skip
 

@@ -1,0 +1,312 @@
+"""Find the form of a mask's values by evaluating the operators that make it over the forms of what they take."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from regate_fx.passes.axes import Axes, Meaning, Token
+from regate_fx.passes.base import fake, operator_name
+from regate_fx.passes.mask_forms import (
+    Constant,
+    Form,
+    Index,
+    Padding,
+    Sees,
+    Two,
+    as_sees,
+    both,
+    opposite,
+    shown_by,
+)
+from regate_fx.passes.plan_nodes import PlanNodes
+from regate_fx.passes.rules import Operands
+from regate_fx.passes.rules_shape import is_whole_slice
+from regate_fx.passes.token_axes import TokenAxes
+from regate_fx.passes.token_symbols import size_expr
+
+_KEEPS = {
+    "aten.expand", "aten.clone", "aten.contiguous", "aten.alias", "aten.detach", "aten.lift_fresh_copy",
+    "aten.expand_as", "aten.broadcast_to",
+}  # fmt: skip
+_AND = {"aten.__and__", "aten.bitwise_and", "aten.logical_and"}
+_OR = {"aten.__or__", "aten.bitwise_or", "aten.logical_or"}
+
+
+def form_of(node: fx.Node, forms: dict[fx.Node, Form], analysis: TokenAxes, plan: PlanNodes) -> Form:
+    if node is plan.attention_mask:
+        return Padding(-1)
+    if node.op != "call_function" or not isinstance(fake(node), torch.Tensor):
+        return None
+    op = Operands(node, analysis.axes, analysis.symbols)
+    name = operator_name(node)
+    if name in _KEEPS:
+        return forms.get(node.args[0])
+    if name in _AND and all(_is_shown(arg) for arg in node.args):
+        return both(*(as_sees(forms.get(arg)) for arg in node.args))
+    if name in _OR and all(_is_bool(arg) for arg in node.args):
+        return opposite(both(*(shown_by(forms.get(arg), False) for arg in node.args)))
+    evaluate = _EVALUATE.get(name)
+    return evaluate(op, forms) if evaluate is not None else None
+
+
+def _is_shown(mask: Any) -> bool:
+    """Whether what is not zero in a mask is seen; a mask that is added to scores has zeros there."""
+    return isinstance(mask, fx.Node) and not fake(mask).is_floating_point()
+
+
+def _is_bool(mask: Any) -> bool:
+    return isinstance(mask, fx.Node) and fake(mask).dtype is torch.bool
+
+
+def _values(node: Any, forms: dict[fx.Node, Form]) -> Two | None:
+    form = forms.get(node)
+    if isinstance(form, (Sees, Padding)) and _is_bool(node):
+        return Two(form, 1.0, 0.0)
+    return form if isinstance(form, Two) else None
+
+
+def _two(op: Operands, of: Sees | Padding, inside: float, outside: float) -> Form:
+    """The form of an operator's result that has two values."""
+    dtype = fake(op.node).dtype
+    inside, outside = _rounded(inside, dtype), _rounded(outside, dtype)
+    if inside == outside or math.isnan(inside) or math.isnan(outside):
+        return None
+    if dtype is torch.bool:
+        return of if inside else opposite(of)
+    if outside == 0 and _hides(inside, dtype) and isinstance(rest := opposite(of), Sees):
+        of, inside, outside = rest, outside, inside
+    return Two(of, inside, outside, hides=inside == 0 and _hides(outside, dtype))
+
+
+def _hiding(seen: Form) -> Form:
+    """A mask to be added to scores behind which a query sees what it does."""
+    return Two(seen, 0.0, math.nan, hides=True) if isinstance(seen, Sees) else None
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """A number as a dtype has it; NaN where it does not."""
+    if dtype.is_floating_point or dtype is torch.bool:
+        return float(torch.tensor(value).to(dtype))
+    limits = torch.iinfo(dtype)
+    return value if limits.min <= value <= limits.max and value == int(value) else math.nan
+
+
+def _arange(op: Operands, forms: dict[fx.Node, Form]) -> Form:
+    axes = op._axes.get(op.node)
+    if isinstance(axes, Axes) and axes.meaning is Meaning.ARANGE and axes.dims[0] in ((Token.B,), (Token.S,)):
+        return Index(axes.dims[0][0], -1)
+    return None
+
+
+def _shift(sign: int) -> Callable[[Operands, dict[fx.Node, Form]], Form]:
+    def shift(op: Operands, forms: dict[fx.Node, Form]) -> Form:
+        form, other = forms.get(op["self"]), op["other"]
+        if op._arguments.get("alpha", 1) != 1:
+            return None
+        if isinstance(form, Index) and isinstance(other, int):
+            return replace(form, offset=form.offset + sign * other)
+        if sign == 1 and _hide(forms, op["self"], other):
+            return _hiding(both(*(as_sees(forms.get(mask)) for mask in (op["self"], other))))
+        return _by_number(lambda a, b: a + sign * b)(op, forms)
+
+    return shift
+
+
+def _hide(forms: dict[fx.Node, Form], *masks: Any) -> bool:
+    """Whether all are masks that are added to scores: what one hides, their sum hides."""
+    return all(isinstance(form := forms.get(mask), Two) and form.hides for mask in masks)
+
+
+def _by_number(compute: Callable[[float, float], float]) -> Callable[[Operands, dict[fx.Node, Form]], Form]:
+    """Two values, each with one number."""
+
+    def by_number(op: Operands, forms: dict[fx.Node, Form]) -> Form:
+        values, number = _values(op["self"], forms), _constant(op["other"], forms)
+        if values is None or number is None or math.isnan(values.outside):
+            return None
+        if op._arguments.get("alpha", 1) != 1 or op._arguments.get("rounding_mode") is not None:
+            return None
+        return _two(op, values.of, compute(values.inside, number), compute(values.outside, number))
+
+    return by_number
+
+
+def _not(op: Operands, forms: dict[fx.Node, Form]) -> Form:
+    values = _values(op["self"], forms)
+    if values is None or fake(op.node).dtype is not torch.bool:
+        return None
+    return _two(op, values.of, float(not values.inside), float(not values.outside))
+
+
+def _compare(
+    compute: Callable[[float, float], bool], low: int | None, high: int | None
+) -> Callable[[Operands, dict[fx.Node, Form]], Form]:
+    """`compute(self, other)`, which is that `self - other`, of integers, lies in [low, high]."""
+
+    def compare(op: Operands, forms: dict[fx.Node, Form]) -> Form:
+        left, right = (
+            forms.get(op["self"]),
+            forms.get(op["other"]) if isinstance(op["other"], fx.Node) else None,
+        )
+        if not isinstance(left, Index) or not isinstance(right, Index):
+            return _by_number(compute)(op, forms)
+        if left.token is not Token.S or right.token is not Token.S:
+            return None
+        # left.index + left.offset - right.index - right.offset in [low, high]
+        shift = right.offset - left.offset
+        bounds = (
+            -math.inf if low is None else low + shift,
+            math.inf if high is None else high + shift,
+        )
+        if (left.dim, right.dim) == (-1, -2):
+            return Sees(*bounds)
+        if (left.dim, right.dim) == (-2, -1):
+            return Sees(-bounds[1], -bounds[0])
+        return None
+
+    return compare
+
+
+def _moved(op: Operands, forms: dict[fx.Node, Form]) -> Form:
+    """Views that only add and take away dimensions of size one."""
+    before, after = ([size_expr(size) for size in fake(node).shape] for node in (op["self"], op.node))
+    old, new = (
+        [dim - len(sizes) for dim, size in enumerate(sizes) if size != 1] for sizes in (before, after)
+    )
+    if [before[dim] for dim in old] != [after[dim] for dim in new]:
+        return None
+    return _renumbered(forms.get(op["self"]), dict(zip(old, new, strict=True)))
+
+
+def _renumbered(form: Form, dims: dict[int, int]) -> Form:
+    if isinstance(form, Two):
+        of = _renumbered(form.of, dims)
+        return replace(form, of=of) if isinstance(of, (Sees, Padding)) else None
+    if isinstance(form, Sees):
+        return form if dims.get(-1) == -1 and dims.get(-2) == -2 else None
+    if isinstance(form, (Index, Padding)):
+        return replace(form, dim=dims[form.dim]) if form.dim in dims else None
+    return form
+
+
+def _slice(op: Operands, forms: dict[fx.Node, Form]) -> Form:
+    return forms.get(op["self"]) if is_whole_slice(op) else None
+
+
+def _cast(op: Operands, forms: dict[fx.Node, Form]) -> Form:
+    form, values = forms.get(op["self"]), _values(op["self"], forms)
+    if isinstance(form, Padding) and not fake(op.node).is_floating_point():
+        return form
+    if values is not None:
+        return _two(op, values.of, values.inside, values.outside)
+    return None if isinstance(form, Sees) else form
+
+
+def _triangle(upper: bool) -> Callable[[Operands, dict[fx.Node, Form]], Form]:
+    """A constant on one side of a diagonal, and zeros on the other."""
+
+    def triangle(op: Operands, forms: dict[fx.Node, Form]) -> Form:
+        value, diagonal, axes = _constant(op["self"], forms), op["diagonal"], op.axes("self")
+        if value is None or not isinstance(diagonal, int) or axes.dims[-2:] != ((Token.S,), (Token.S,)):
+            return None
+        of = Sees(low=diagonal) if upper else Sees(high=diagonal)
+        return _two(op, of, value, 0.0)
+
+    return triangle
+
+
+def _fill(op: Operands, forms: dict[fx.Node, Form]) -> Form:
+    return _chosen(op, forms, op["mask"], op["value"], op["self"])
+
+
+def _look_up(op: Operands, forms: dict[fx.Node, Form]) -> Form:
+    """`padding[sample, position]` by two indices."""
+    source = forms.get(op["self"])
+    picks = [forms.get(index) for index in op["indices"]]
+    if source != Padding(-1) or len(picks) != 2 or fake(op["self"]).dtype is not torch.bool:
+        return None
+    sample, position = picks
+    if not isinstance(position, Index) or position.token is not Token.S or position.offset != 0:
+        return None
+    if op.symbols.batch != 1 and not (
+        isinstance(sample, Index) and sample.token is Token.B and not sample.offset
+    ):
+        return None
+    return Padding(position.dim)
+
+
+def _filled(op: Operands, forms: dict[fx.Node, Form]) -> Form:
+    name = operator_name(op.node)
+    value = op["fill_value"] if "fill_value" in op._arguments else float("ones" in name)
+    return Constant(float(value)) if isinstance(value, (bool, int, float)) else None
+
+
+def _where(op: Operands, forms: dict[fx.Node, Form]) -> Form:
+    return _chosen(op, forms, op["condition"], op["self"], op["other"])
+
+
+def _chosen(op: Operands, forms: dict[fx.Node, Form], condition: Any, chosen: Any, other: Any) -> Form:
+    """Numbers where a condition holds, and others elsewhere; or one more thing hidden in a mask that is added."""
+    values = _values(condition, forms)
+    if values is None:
+        return None
+    kept, dropped = (_constant(number, forms) for number in (chosen, other))
+    if kept is not None and dropped is not None:
+        inside, outside = (kept if holds else dropped for holds in (values.inside, values.outside))
+        return _two(op, values.of, inside, outside)
+    for mask, number, is_shown in ((other, kept, False), (chosen, dropped, True)):
+        if number is not None and _hides(number, fake(op.node).dtype) and _hide(forms, mask):
+            return _hiding(both(as_sees(forms.get(mask)), shown_by(forms.get(condition), is_shown)))
+    return None
+
+
+def _constant(value: Any, forms: dict[fx.Node, Form]) -> float | None:
+    if isinstance(value, fx.Node):
+        form = forms.get(value)
+        return form.value if isinstance(form, Constant) else None
+    return float(value)
+
+
+def _hides(value: float, dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and value <= torch.finfo(dtype).min
+
+
+_EVALUATE: dict[str, Callable[[Operands, dict[fx.Node, Form]], Form]] = {
+    "aten.arange": _arange,
+    "aten.add": _shift(1),
+    "aten.sub": _shift(-1),
+    "aten.rsub": _by_number(lambda a, b: b - a),
+    "aten.mul": _by_number(operator.mul),
+    "aten.div": _by_number(lambda a, b: a / b if b else math.nan),
+    "aten.eq": _by_number(operator.eq),
+    "aten.ne": _by_number(operator.ne),
+    "aten.le": _compare(operator.le, None, 0),
+    "aten.lt": _compare(operator.lt, None, -1),
+    "aten.ge": _compare(operator.ge, 0, None),
+    "aten.gt": _compare(operator.gt, 1, None),
+    "aten.bitwise_not": _not,
+    "aten.logical_not": _not,
+    "aten.tril": _triangle(upper=False),
+    "aten.triu": _triangle(upper=True),
+    "aten.masked_fill": _fill,
+    "aten.unsqueeze": _moved,
+    "aten.slice": _slice,
+    "aten.view": _moved,
+    "aten.reshape": _moved,
+    "aten._to_copy": _cast,
+    "aten.index": _look_up,
+    "aten.new_ones": _filled,
+    "aten.ones": _filled,
+    "aten.zeros": _filled,
+    "aten.new_zeros": _filled,
+    "aten.full": _filled,
+    "aten.new_full": _filled,
+    "aten.where": _where,
+}

@@ -96,6 +96,15 @@ def fake(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def held_number(node: fx.Node) -> float | None:
+    """The number that a graph holds as a tensor without dimensions; None where it holds something else."""
+    value = getattr(node.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
+    constant = value.constant if isinstance(value, FakeTensor) else value
+    if not isinstance(constant, torch.Tensor) or constant.dim() or constant.is_complex():
+        return None
+    return float(constant)
+
+
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
     """The mode that the fake values of a normalised graph belong to."""
     for node in gm.graph.find_nodes(op="placeholder"):

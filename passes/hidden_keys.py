@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from regate_fx.passes.axes import Axes, has_token, is_sequence
-from regate_fx.passes.base import fake, is_tensor, operator_name
+from regate_fx.passes.base import fake, held_number, is_tensor, operator_name
 from regate_fx.passes.contractions import MATRIX_PRODUCTS, contractions, over_positions
 from regate_fx.passes.hidden_elements import (
     NEGLIGIBLE,
@@ -188,18 +187,10 @@ def _dtype(node: fx.Node) -> torch.dtype | None:
 
 def _given(node: fx.Node, axes: Axes | None) -> Constants:
     """A mask over pairs or keys that the caller or a buffer gives, or a number that the code holds as a tensor."""
-    if node.op == "get_attr" and (number := _number(node)) is not None:
+    if (number := held_number(node)) is not None:
         return frozenset({number})
     is_mask = node.op in ("placeholder", "get_attr") and _dtype(node) is torch.bool
     return frozenset({0.0, 1.0}) if is_mask and _key_dim(axes) is not None else UNKNOWN
-
-
-def _number(node: fx.Node) -> float | None:
-    value = getattr(node.graph.owning_module, str(node.target), None)
-    constant = value.constant if isinstance(value, FakeTensor) else value
-    if not isinstance(constant, torch.Tensor) or constant.dim() or constant.is_complex():
-        return None
-    return float(constant)
 
 
 def _computed(node: fx.Node, axes: Axes, found: HiddenKeys, analysis: TokenAxes) -> Constants:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from regate_fx.passes.axes import Axes, Meaning, Token
-from regate_fx.passes.base import fake, operator_name
+from regate_fx.passes.base import fake, held_number, operator_name
 from regate_fx.passes.mask_forms import (
     Constant,
     Form,
@@ -42,6 +42,8 @@ _OR = {"aten.__or__", "aten.bitwise_or", "aten.logical_or"}
 def form_of(node: fx.Node, forms: dict[fx.Node, Form], analysis: TokenAxes, plan: PlanNodes) -> Form:
     if node is plan.attention_mask:
         return Padding(-1)
+    if (number := held_number(node)) is not None:
+        return Constant(number)
     if node.op != "call_function" or not isinstance(fake(node), torch.Tensor):
         return None
     op = Operands(node, analysis.axes, analysis.symbols)
@@ -206,7 +208,7 @@ def _cast(op: Operands, forms: dict[fx.Node, Form]) -> Form:
         return form
     if values is not None:
         return _two(op, values.of, values.inside, values.outside)
-    return None if isinstance(form, Sees) else form
+    return _exactly(form.value, op) if isinstance(form, Constant) else form
 
 
 def _triangle(upper: bool) -> Callable[[Operands, dict[fx.Node, Form]], Form]:
@@ -245,7 +247,13 @@ def _look_up(op: Operands, forms: dict[fx.Node, Form]) -> Form:
 def _filled(op: Operands, forms: dict[fx.Node, Form]) -> Form:
     name = operator_name(op.node)
     value = op["fill_value"] if "fill_value" in op._arguments else float("ones" in name)
-    return Constant(float(value)) if isinstance(value, (bool, int, float)) else None
+    return _exactly(float(value), op) if isinstance(value, (bool, int, float)) else None
+
+
+def _exactly(value: float, op: Operands) -> Form:
+    """A number as an operator's result holds it."""
+    held = _rounded(value, fake(op.node).dtype)
+    return None if math.isnan(held) else Constant(held)
 
 
 def _where(op: Operands, forms: dict[fx.Node, Form]) -> Form:

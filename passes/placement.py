@@ -68,7 +68,7 @@ class Place:
         for layer in stack.layers:
             layer.refused = _why_not(layer, stack, analysis, content, hidden)
         masks, forms = ctx.findings["masks"], ctx.findings["forms"]
-        placement = _Placer(gm, stack, analysis, masks, forms, hidden, sums, self.prefer).place()
+        placement = _Placer(gm, stack, analysis, masks, forms, sums, self.prefer).place()
         ctx.findings["placement"] = placement
         if any(layer.refused is None for layer in stack.layers):
             refuse_sums_over_all(list(gm.graph.nodes), placement.layouts, stack, analysis)
@@ -110,7 +110,6 @@ class _Placer:
         analysis: TokenAxes,
         masks: dict[fx.Node, MaskProof],
         forms: dict[fx.Node, Form],
-        hidden: HiddenKeys,
         sums: TokenSums,
         prefer: Preferred,
     ) -> None:
@@ -120,7 +119,6 @@ class _Placer:
         self.analysis = analysis
         self.masks = masks
         self.forms = forms
-        self.hidden = hidden
         self.sums = sums
         self.learned = learned_nodes(self.nodes)
         self.of_losses = _of_losses(self.nodes, stack, analysis)
@@ -152,7 +150,7 @@ class _Placer:
     def _read_written(self, attention: Attention) -> None:
         """Attention that one operator is to compute has packed rows in the end, and nothing before."""
         varying = self.stack.content | self.learned
-        found = written_attention(attention, self.analysis, self.forms, self.hidden, varying)
+        found = written_attention(attention, self.analysis, self.forms, varying)
         if isinstance(found, OwnOperators):
             strange = f"one operator cannot do what {operator_name(found.node)} does here"
             self.placement.no_kernel[attention.nodes[0]] = strange, found.node

@@ -3,8 +3,10 @@
 Softmax over scores of queries and keys, scaled by a number, hidden by masks, times values. What has more in it (a cap,
 sinks, biases that are learned, weights that are read) keeps its own operators.
 
-Two kinds of masks are followed. One that is filled in (`masked_fill`, `where`) has to be proven to leave every query
-something to see: where it does not, filled scores count, and have no gradient. One that is added may be anything.
+Masks are added to the scores, or filled into them (`masked_fill`, `where`). All of them may be proven to show every
+query itself: then what is hidden counts for nothing. Else what they write is written again at the active pairs, and
+must be nothing that a query without keys would see: a number that is filled in has no gradient, and the lowest one,
+unlike minus infinity, would count.
 
 Shapes: B samples, H heads, S positions, d width of a query and key, dv width of a value. What has B and H may have them
 as one dimension B * H.
@@ -22,17 +24,18 @@ from torch import fx
 
 from regate_fx.passes.axes import Axes, Token, has_token
 from regate_fx.passes.base import fake, is_tensor, operator_name
-from regate_fx.passes.hidden_keys import HiddenKeys
 from regate_fx.passes.layers import Attention
 from regate_fx.passes.mask_forms import Constant, Form, shown_by
 from regate_fx.passes.masks import MaskProof, proof_of
 from regate_fx.passes.rewrite_attention import autocast_dtype
 from regate_fx.passes.token_axes import TokenAxes
+from regate_fx.passes.written_masks import Mask, why_not_one
 
 aten = torch.ops.aten
 
 _COPIES = {"aten.clone", "aten.contiguous", "aten.alias"}
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+_CASTS = {"aten._to_copy", "aten.type_as"}
 _EXPANDS = {"aten.expand", "aten.expand_as"}
 _SOFTMAX = {"aten.softmax", "aten._softmax"}
 _PRODUCTS = {"aten.matmul", "aten.bmm"}
@@ -41,19 +44,11 @@ _HIDES = -1e4
 
 
 @dataclass(frozen=True)
-class Added:
-    """A mask that is added to scores of a dtype: [B, H, S, S], or what broadcasts to it."""
-
-    mask: fx.Node
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
 class WrittenAttention:
     """`softmax(query @ key * scale, behind masks) @ value`.
 
     query: [B, H, S, d], key: [B, H, d, S], value: [B, H, S, dv]. result: the last product; inside: the operators before
-    it, which nothing else reads. sees: what masks whose meaning is known let a query see; added: the others.
+    it, which nothing else reads. proof: what all masks together let a query see, or that they have to be read.
     """
 
     query: fx.Node
@@ -62,19 +57,14 @@ class WrittenAttention:
     result: fx.Node
     scale: float
     inside: tuple[fx.Node, ...]
-    sees: MaskProof
-    added: tuple[Added, ...]
-
-    @property
-    def proof(self) -> MaskProof:
-        return MaskProof(explicit=True) if self.added else self.sees
+    proof: MaskProof
+    masks: tuple[Mask, ...]
 
 
 def written_attention(
     attention: Attention,
     analysis: TokenAxes,
     forms: dict[fx.Node, Form],
-    hidden: HiddenKeys,
     varying: Set[fx.Node],
 ) -> WrittenAttention | OwnOperators:
     """What a group of operators over pairs computes, where one operator could compute the same.
@@ -85,7 +75,7 @@ def written_attention(
     other = next((node for node in results if operator_name(node) not in _PRODUCTS), None)
     if other is not None or len(results) != 1:
         return OwnOperators(results[0] if other is None else other)
-    return _Reader(attention.nodes, results[0], analysis, forms, hidden, varying).read()
+    return _Reader(attention.nodes, results[0], analysis, forms, varying).read()
 
 
 @dataclass(frozen=True)
@@ -103,21 +93,19 @@ class _Unlike(Exception):
 class _Reader:
     """Reads an attention from its result back to queries and keys.
 
-    at: the member that is read. fills: the largest number that hides a pair, of those that were filled in.
-    scale: the factors so far.
+    at: the member that is read. scale: the factors so far.
+    keeps_finite: scores are kept from being less than the lowest number.
     """
 
     members: Sequence[fx.Node]
     result: fx.Node
     analysis: TokenAxes
     forms: dict[fx.Node, Form]
-    hidden: HiddenKeys
     varying: Set[fx.Node]
     inside: list[fx.Node] = field(default_factory=list)
-    known: list[Form] = field(default_factory=list)
-    added: list[Added] = field(default_factory=list)
-    fills: float = -math.inf
+    masks: list[Mask] = field(default_factory=list)
     scale: float = 1.0
+    keeps_finite: bool = False
     at: fx.Node = field(init=False)
 
     def read(self) -> WrittenAttention | OwnOperators:
@@ -130,7 +118,7 @@ class _Reader:
     def _read(self) -> WrittenAttention:
         weights, value = self.result.args[:2]
         softmax = self._behind(weights, self._hands_on_weights)
-        _must(operator_name(softmax) in _SOFTMAX and _is_last(softmax))
+        _must(operator_name(softmax) in _SOFTMAX and _is_last(softmax) and _is_as_wide(softmax))
         product = self._behind(self._through(softmax), self._hands_on_scores)
         _must(operator_name(product) in _PRODUCTS | {"aten.baddbmm"})
         query, key = self._factors(product)
@@ -139,11 +127,15 @@ class _Reader:
         self.at = others[0] if others else product
         _must(not others)
         self._check_operands(query, key, value, product)
-        sees = proof_of(self.known)
-        # A number that is not the lowest may be above one that another mask adds to what is seen.
-        _must(not sees.explicit and not (self.added and self.fills > torch.finfo(fake(softmax).dtype).min))
-        self._check_added()
-        return WrittenAttention(query, key, value, self.result, self.scale, inside, sees, tuple(self.added))
+        proof = proof_of([mask.seen for mask in self.masks])
+        if proof.explicit:
+            _must(not self.keeps_finite)
+            strange = why_not_one(
+                self.masks, self.analysis, heads_of(self.analysis.of(self.result), self.result)
+            )
+            self.at = strange or self.at
+            _must(strange is None)
+        return WrittenAttention(query, key, value, self.result, self.scale, inside, proof, tuple(self.masks))
 
     def _behind(self, node: Any, passes: Callable[[fx.Node], bool]) -> fx.Node:
         while True:
@@ -168,7 +160,7 @@ class _Reader:
     def _hands_on(self, node: fx.Node, narrow: torch.dtype | None = None) -> bool:
         """Copies, samples and heads as one dimension or two, and casts that round nothing or to `narrow`."""
         name, source = operator_name(node), node.args[0] if node.args else None
-        if name == "aten._to_copy":
+        if name in _CASTS:
             before, after = fake(source).dtype, fake(node).dtype
             _must(before.is_floating_point and after.is_floating_point)
             _must(after == narrow or torch.promote_types(before, after) == after)
@@ -189,11 +181,12 @@ class _Reader:
         return self._hides(node)
 
     def _keeps_finite(self, node: fx.Node) -> bool:
-        """`max(score, lowest number)`: of a hidden pair as hidden, of another the same."""
+        """`max(score, lowest number)`: of a pair that is proven to be hidden as good, of another the same."""
         if operator_name(node) not in ("aten.maximum", "aten.max") or len(node.args) != 2:
             return False
         bound = self._number(next((other for other in node.args if other not in self.members), None))
         _must(bound is not None and bound <= torch.finfo(fake(node).dtype).min)
+        self.keeps_finite = True
         return True
 
     def _factor(self, node: fx.Node) -> float | None:
@@ -215,11 +208,10 @@ class _Reader:
             _must(len(args) == 2 and not node.kwargs and len(others) == 1)
             self._add(others[0], fake(node).dtype)
         elif name == "aten.masked_fill":
-            self._fill(args[1], args[2], is_shown=False)
+            self._fill(node, args[1], args[2], is_shown=False)
         elif name == "aten.where" and len(args) == 3:
-            self._fill(
-                args[0], args[2] if args[1] in self.members else args[1], is_shown=args[1] in self.members
-            )
+            is_shown = args[1] in self.members
+            self._fill(node, args[0], args[2] if is_shown else args[1], is_shown)
         else:
             return False
         # A factor behind a mask would be the mask's, too.
@@ -230,20 +222,13 @@ class _Reader:
         mask = self._source(mask)
         # What is not zero in a mask of bools or integers is shown, as a mask that is added it is something else.
         _must(fake(mask).is_floating_point())
-        form = self.forms.get(mask)
-        if proof_of([form]).explicit:
-            self.added.insert(0, Added(mask, dtype))
-        else:
-            self.known.append(form)
+        self.masks.insert(0, Mask(mask, dtype, self.forms.get(mask)))
 
-    def _fill(self, condition: Any, value: Any, is_shown: bool) -> None:
-        condition = self._source(condition)
-        number, seen = self._number(value), shown_by(self.forms.get(condition), is_shown)
-        _must(fake(condition).dtype is torch.bool and not proof_of([seen]).explicit)
-        _must(number is not None and number <= _HIDES)
-        assert number is not None
-        self.known.append(seen)
-        self.fills = max(self.fills, number)
+    def _fill(self, node: fx.Node, condition: Any, value: Any, is_shown: bool) -> None:
+        condition, number = self._source(condition), self._number(value)
+        _must(fake(condition).dtype is torch.bool and number is not None and number <= _HIDES)
+        seen = shown_by(self.forms.get(condition), is_shown)
+        self.masks.insert(0, Mask(condition, fake(node).dtype, seen, number, is_shown))
 
     def _source(self, mask: Any) -> fx.Node:
         """A mask before it was expanded, or got samples and heads as one dimension."""
@@ -260,9 +245,10 @@ class _Reader:
         return (len(before), len(after)) == (4, 3) and before.dims[2:] == after.dims[1:]
 
     def _number(self, value: Any) -> float | None:
-        if is_tensor(value) and not fake(value).dim():
-            form, held = self.forms.get(value), self.hidden.of(value)
-            value = form.value if isinstance(form, Constant) else next(iter(held)) if len(held) == 1 else None
+        """A number that is the same in every call; one in a tensor may be learned, or set later."""
+        if is_tensor(value):
+            form = self.forms.get(value)
+            value = form.value if isinstance(form, Constant) and not fake(value).dim() else None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return None
         return float(value)
@@ -300,24 +286,6 @@ class _Reader:
         device = fake(query).device.type
         _must(autocast_dtype(product, device) == autocast_dtype(self.result, device))
 
-    def _check_added(self) -> None:
-        """As one mask, what is added must not be larger than the scores of what is active can be."""
-        heads = heads_of(self.analysis.of(self.result), self.result)
-        of_heads = of_samples = False
-        for added in self.added:
-            self.at = added.mask
-            axes = self.analysis.of(added.mask)
-            sizes = fake(added.mask).shape
-            _must(not axes.aggregate and len(axes) <= 4)
-            pairs = zip(axes.dims[-2:], sizes[-2:], strict=True)
-            _must(all(dim == (Token.S,) or (dim == () and size == 1) for dim, size in pairs))
-            for dim, size in zip(axes.dims[-3:-2], sizes[-3:-2], strict=True):
-                _must(not has_token(dim) and size in (1, heads))
-                of_heads |= size != 1
-            _must(axes.dims[:-3] in ((), ((),), ((Token.B,),)))
-            of_samples |= axes.has_batch
-        _must(not (of_heads and of_samples))
-
 
 def _must(holds: bool) -> None:
     if not holds:
@@ -334,6 +302,12 @@ def heads_of(axes: Axes, node: fx.Node) -> int | None:
         return None
     numbers = axes.dims[0][1:] if axes.dims[0][:1] == (Token.B,) else axes.dims[0]
     return math.prod(numbers) if all(isinstance(number, int) for number in numbers) else None  # type: ignore[arg-type]
+
+
+def _is_as_wide(softmax: fx.Node) -> bool:
+    """Whether a softmax rounds nothing before it is computed."""
+    before, after = fake(softmax.args[0]).dtype, fake(softmax).dtype
+    return torch.promote_types(before, after) == after
 
 
 def _is_last(softmax: fx.Node) -> bool:

@@ -32,6 +32,7 @@ class Written(Block):
     def __init__(self, way: Way) -> None:
         super().__init__()
         self.way = way
+        self.register_buffer("triangle", torch.ones(1, 1, 64, 64).tril())
 
     def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = (heads(project(x)) for project in (self.q, self.k, self.v))
@@ -94,7 +95,7 @@ def two_biases(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tenso
     """In half precision: added to the scores, each keeps what their sum would lose."""
     index = torch.arange(q.shape[2])
     near, far = (x.bfloat16() for x in ((index - index[:, None]) * 0.37, (index - index[:, None]) * 0.011))
-    return hide(q @ k.mT + near + far, seen.clone()).softmax(-1) @ v
+    return (q @ k.mT + near + far + torch.where(seen, 0.0, LOWEST)).softmax(-1) @ v
 
 
 def lifted(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
@@ -139,6 +140,18 @@ def by_triangle(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tens
     return hide((q @ k.mT).masked_fill(hidden, -1e9), seen).softmax(-1) @ v
 
 
+def by_buffer(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    S = q.shape[2]
+    scores = (q @ k.mT).masked_fill(b.triangle[:, :, :S, :S] == 0, -torch.inf)
+    return (scores + torch.where(seen, 0.0, LOWEST)).softmax(-1) @ v
+
+
+def widened(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    S = q.shape[2]
+    scores = q @ k.mT + torch.full((S, S), -torch.inf).triu(1) + torch.where(seen, 0.0, torch.tensor(LOWEST))
+    return scores.double().softmax(-1).type_as(v) @ v
+
+
 ONE_OPERATOR = [
     (added, "causal, proven from its masks"),
     (filled, "causal, proven from its masks"),
@@ -154,6 +167,8 @@ ONE_OPERATOR = [
     (by_triangle_of_numbers, "causal, proven from its masks"),
     (by_triangle, "causal, proven from its masks"),
     (by_not_of_numbers, "causal, proven from its masks"),
+    (widened, "causal, proven from its masks"),
+    (by_buffer, "mask read at active pairs"),
     (two_biases, "mask read at active pairs"),
     (lifted, "mask read at active pairs"),
     (in_double, "causal, proven from its masks"),
@@ -216,6 +231,19 @@ def learned_factor(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> T
     return hide(q @ k.mT * b.scale[0], seen).softmax(-1) @ v
 
 
+def perhaps_learned(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """As long as what is learned is small, the factor is a number."""
+    return hide(q @ k.mT / torch.maximum(torch.full((), 4.0), b.scale[0] + 6), seen).softmax(-1) @ v
+
+
+def whole_factor(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    return hide(q @ k.mT * torch.full((), 2.7).long(), seen).softmax(-1) @ v
+
+
+def rounded_inside(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    return (q @ k.mT).masked_fill(~seen, -1e9).softmax(-1, dtype=torch.bfloat16).to(v.dtype) @ v
+
+
 def blind(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """The first query sees nothing: what was filled in counts for it, and has no gradient."""
     index = torch.arange(q.shape[2])
@@ -237,6 +265,22 @@ def above_a_mask(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Ten
     """What is filled in is above what is added to a pair that is seen."""
     S = q.shape[2]
     return ((q @ k.mT) - torch.eye(S) * 3e4 + torch.eye(S) * -3e4).masked_fill(~seen, -2e4).softmax(-1) @ v
+
+
+def only_itself(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """The first query sees itself alone, which the lowest number is added to."""
+    return (q @ k.mT + torch.eye(q.shape[2]) * LOWEST).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+
+def filled_as_low(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """To the first query all keys are alike; those that were filled in have no gradient."""
+    return hide(q @ k.mT + torch.eye(q.shape[2]) * LOWEST, seen).softmax(-1) @ v
+
+
+def kept_from_infinity(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    S = q.shape[2]
+    scores = torch.max(q @ k.mT + torch.full((S, S), -torch.inf).triu(), torch.tensor(LOWEST))
+    return scores.softmax(-1) @ v
 
 
 def by_truth(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
@@ -278,7 +322,7 @@ def of_samples_and_heads(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor
 OWN_OPERATORS = [
     capped, read_twice, scaled_behind, learned, by_content, learned_factor, of_samples_and_heads,
     every_other, two_depths, by_truth, by_number, rounded, cut_off,
-    by_pairs_of_heads,
+    by_pairs_of_heads, perhaps_learned, whole_factor, rounded_inside,
 ]  # fmt: skip
 
 
@@ -287,13 +331,22 @@ def test_keeps_its_own_operators(way: Way) -> None:
     assert [(layer.kind, layer.attention) for layer in check(way)] == [("compact", "as written")] * 2
 
 
-@pytest.mark.parametrize("way", [blind, above_a_mask])
-def test_filled_in_scores_that_count_keep_their_own_operators(way: Way) -> None:
+@pytest.mark.parametrize(
+    ("way", "kind"),
+    [
+        (blind, "compact"),
+        (above_a_mask, "compact"),
+        (filled_as_low, "compact"),
+        (kept_from_infinity, "compact"),
+        (only_itself, "varlen"),
+    ],
+)
+def test_scores_of_hidden_keys_count_as_they_did(way: Way, kind: str) -> None:
     """Which keys count for a query that sees none is nothing that a token mask could say."""
     model = Decoder([Written(way)])
     gated = gate(model)
     assert_all_active_is_eager(gated, model, batch())
-    assert [layer.kind for layer in gated.report.layers] == ["compact"]
+    assert [layer.kind for layer in gated.report.layers] == [kind]
 
 
 def test_dropout_keeps_its_own_operators() -> None:

@@ -61,6 +61,13 @@ class WrittenAttention:
     masks: tuple[Mask, ...]
 
 
+@dataclass(frozen=True)
+class OwnOperators:
+    """An attention that keeps its operators: one operator could not do what `node` does."""
+
+    node: fx.Node
+
+
 def written_attention(
     attention: Attention,
     analysis: TokenAxes,
@@ -76,13 +83,6 @@ def written_attention(
     if other is not None or len(results) != 1:
         return OwnOperators(results[0] if other is None else other)
     return _Reader(attention.nodes, results[0], analysis, forms, varying).read()
-
-
-@dataclass(frozen=True)
-class OwnOperators:
-    """An attention that keeps its operators: one operator could not do what `node` does."""
-
-    node: fx.Node
 
 
 class _Unlike(Exception):

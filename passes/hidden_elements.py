@@ -28,7 +28,7 @@ _PROBES = (0.7, -1.3, 3.1)  # in place of values that are not known
 _SAME = 1e-2  # relative spread under which a result is taken to be independent of the probes
 _EITHER: frozenset[float | None] = frozenset({0.0, 1.0})  # what a condition may be
 _SCALE = {"aten.mul", "aten.div"}  # by what is not known: not to zero
-_WHERE_IT_LIES = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
+WHERE_IT_LIES = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
 
 
 def counting(constants: Iterable[float]) -> list[float]:
@@ -96,7 +96,7 @@ def _is_close(a: float, b: float) -> bool:
 
 def _run(node: fx.Node, values: dict[fx.Node, float]) -> float | None:
     """The operator on tensors without dimensions; None where it gives no number."""
-    kwargs = {name: value for name, value in node.kwargs.items() if name not in _WHERE_IT_LIES}
+    kwargs = {name: value for name, value in node.kwargs.items() if name not in WHERE_IT_LIES}
     assert callable(node.target)
     try:
         with unset_fake_temporarily(), torch.no_grad():

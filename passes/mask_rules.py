@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -25,6 +24,7 @@ from regate_fx.passes.mask_forms import (
     opposite,
     shown_by,
 )
+from regate_fx.passes.mask_values import constant, hides, hiding, of_values, rounded, two
 from regate_fx.passes.plan_nodes import PlanNodes
 from regate_fx.passes.rules import Operands
 from regate_fx.passes.rules_shape import is_whole_slice
@@ -54,8 +54,8 @@ def form_of(node: fx.Node, forms: dict[fx.Node, Form], analysis: TokenAxes, plan
         return both(*(as_sees(forms.get(arg)) for arg in node.args))
     if name in _OR and all(_is_bool(arg) for arg in node.args):
         return opposite(both(*(shown_by(forms.get(arg), False) for arg in node.args)))
-    evaluate = _EVALUATE.get(name)
-    return evaluate(op, forms) if evaluate is not None else None
+    form = _EVALUATE[name](op, forms) if name in _EVALUATE else None
+    return form if form is not None else of_values(op, forms)
 
 
 def _is_shown(mask: Any) -> bool:
@@ -65,39 +65,6 @@ def _is_shown(mask: Any) -> bool:
 
 def _is_bool(mask: Any) -> bool:
     return isinstance(mask, fx.Node) and fake(mask).dtype is torch.bool
-
-
-def _values(node: Any, forms: dict[fx.Node, Form]) -> Two | None:
-    form = forms.get(node)
-    if isinstance(form, (Sees, Padding)) and _is_bool(node):
-        return Two(form, 1.0, 0.0)
-    return form if isinstance(form, Two) else None
-
-
-def _two(op: Operands, of: Sees | Padding, inside: float, outside: float) -> Form:
-    """The form of an operator's result that has two values."""
-    dtype = fake(op.node).dtype
-    inside, outside = _rounded(inside, dtype), _rounded(outside, dtype)
-    if inside == outside or math.isnan(inside) or math.isnan(outside):
-        return None
-    if dtype is torch.bool:
-        return of if inside else opposite(of)
-    if outside == 0 and _hides(inside, dtype) and isinstance(rest := opposite(of), Sees):
-        of, inside, outside = rest, outside, inside
-    return Two(of, inside, outside, hides=inside == 0 and _hides(outside, dtype))
-
-
-def _hiding(seen: Form) -> Form:
-    """A mask to be added to scores behind which a query sees what it does."""
-    return Two(seen, 0.0, math.nan, hides=True) if isinstance(seen, Sees) else None
-
-
-def _rounded(value: float, dtype: torch.dtype) -> float:
-    """A number as a dtype has it; NaN where it does not."""
-    if dtype.is_floating_point or dtype is torch.bool:
-        return float(torch.tensor(value).to(dtype))
-    limits = torch.iinfo(dtype)
-    return value if limits.min <= value <= limits.max and value == int(value) else math.nan
 
 
 def _arange(op: Operands, forms: dict[fx.Node, Form]) -> Form:
@@ -115,8 +82,8 @@ def _shift(sign: int) -> Callable[[Operands, dict[fx.Node, Form]], Form]:
         if isinstance(form, Index) and isinstance(other, int):
             return replace(form, offset=form.offset + sign * other)
         if sign == 1 and _hide(forms, op["self"], other):
-            return _hiding(both(*(as_sees(forms.get(mask)) for mask in (op["self"], other))))
-        return _by_number(lambda a, b: a + sign * b)(op, forms)
+            return hiding(both(*(as_sees(forms.get(mask)) for mask in (op["self"], other))))
+        return None
 
     return shift
 
@@ -126,31 +93,8 @@ def _hide(forms: dict[fx.Node, Form], *masks: Any) -> bool:
     return all(isinstance(form := forms.get(mask), Two) and form.hides for mask in masks)
 
 
-def _by_number(compute: Callable[[float, float], float]) -> Callable[[Operands, dict[fx.Node, Form]], Form]:
-    """Two values, each with one number."""
-
-    def by_number(op: Operands, forms: dict[fx.Node, Form]) -> Form:
-        values, number = _values(op["self"], forms), _constant(op["other"], forms)
-        if values is None or number is None or math.isnan(values.outside):
-            return None
-        if op._arguments.get("alpha", 1) != 1 or op._arguments.get("rounding_mode") is not None:
-            return None
-        return _two(op, values.of, compute(values.inside, number), compute(values.outside, number))
-
-    return by_number
-
-
-def _not(op: Operands, forms: dict[fx.Node, Form]) -> Form:
-    values = _values(op["self"], forms)
-    if values is None or fake(op.node).dtype is not torch.bool:
-        return None
-    return _two(op, values.of, float(not values.inside), float(not values.outside))
-
-
-def _compare(
-    compute: Callable[[float, float], bool], low: int | None, high: int | None
-) -> Callable[[Operands, dict[fx.Node, Form]], Form]:
-    """`compute(self, other)`, which is that `self - other`, of integers, lies in [low, high]."""
+def _compare(low: int | None, high: int | None) -> Callable[[Operands, dict[fx.Node, Form]], Form]:
+    """`self - other` lies in [low, high]."""
 
     def compare(op: Operands, forms: dict[fx.Node, Form]) -> Form:
         left, right = (
@@ -158,7 +102,7 @@ def _compare(
             forms.get(op["other"]) if isinstance(op["other"], fx.Node) else None,
         )
         if not isinstance(left, Index) or not isinstance(right, Index):
-            return _by_number(compute)(op, forms)
+            return None
         if left.token is not Token.S or right.token is not Token.S:
             return None
         # left.index + left.offset - right.index - right.offset in [low, high]
@@ -203,29 +147,23 @@ def _slice(op: Operands, forms: dict[fx.Node, Form]) -> Form:
 
 
 def _cast(op: Operands, forms: dict[fx.Node, Form]) -> Form:
-    form, values = forms.get(op["self"]), _values(op["self"], forms)
-    if isinstance(form, Padding) and not fake(op.node).is_floating_point():
-        return form
-    if values is not None:
-        return _two(op, values.of, values.inside, values.outside)
-    return _exactly(form.value, op) if isinstance(form, Constant) else form
+    """What is no padding stays that, whatever number it is, unless it is added to scores."""
+    form = forms.get(op["self"])
+    is_kept = isinstance(form, Padding) and not fake(op.node).is_floating_point()
+    return form if is_kept or isinstance(form, Index) else None
 
 
 def _triangle(upper: bool) -> Callable[[Operands, dict[fx.Node, Form]], Form]:
     """A constant on one side of a diagonal, and zeros on the other."""
 
     def triangle(op: Operands, forms: dict[fx.Node, Form]) -> Form:
-        value, diagonal, axes = _constant(op["self"], forms), op["diagonal"], op.axes("self")
+        value, diagonal, axes = constant(op["self"], forms), op["diagonal"], op.axes("self")
         if value is None or not isinstance(diagonal, int) or axes.dims[-2:] != ((Token.S,), (Token.S,)):
             return None
         of = Sees(low=diagonal) if upper else Sees(high=diagonal)
-        return _two(op, of, value, 0.0)
+        return two(op, of, value, 0.0)
 
     return triangle
-
-
-def _fill(op: Operands, forms: dict[fx.Node, Form]) -> Form:
-    return _chosen(op, forms, op["mask"], op["value"], op["self"])
 
 
 def _look_up(op: Operands, forms: dict[fx.Node, Form]) -> Form:
@@ -247,60 +185,40 @@ def _look_up(op: Operands, forms: dict[fx.Node, Form]) -> Form:
 def _filled(op: Operands, forms: dict[fx.Node, Form]) -> Form:
     name = operator_name(op.node)
     value = op["fill_value"] if "fill_value" in op._arguments else float("ones" in name)
-    return _exactly(float(value), op) if isinstance(value, (bool, int, float)) else None
+    if not isinstance(value, (bool, int, float)):
+        return None
+    held = rounded(float(value), fake(op.node).dtype)
+    return None if held is None else Constant(held)
 
 
-def _exactly(value: float, op: Operands) -> Form:
-    """A number as an operator's result holds it."""
-    held = _rounded(value, fake(op.node).dtype)
-    return None if math.isnan(held) else Constant(held)
+def _fill(op: Operands, forms: dict[fx.Node, Form]) -> Form:
+    return _hidden_further(op, forms, op["self"], op["value"], shown_by(forms.get(op["mask"]), False))
 
 
 def _where(op: Operands, forms: dict[fx.Node, Form]) -> Form:
-    return _chosen(op, forms, op["condition"], op["self"], op["other"])
-
-
-def _chosen(op: Operands, forms: dict[fx.Node, Form], condition: Any, chosen: Any, other: Any) -> Form:
-    """Numbers where a condition holds, and others elsewhere; or one more thing hidden in a mask that is added."""
-    values = _values(condition, forms)
-    if values is None:
-        return None
-    kept, dropped = (_constant(number, forms) for number in (chosen, other))
-    if kept is not None and dropped is not None:
-        inside, outside = (kept if holds else dropped for holds in (values.inside, values.outside))
-        return _two(op, values.of, inside, outside)
-    for mask, number, is_shown in ((other, kept, False), (chosen, dropped, True)):
-        if number is not None and _hides(number, fake(op.node).dtype) and _hide(forms, mask):
-            return _hiding(both(as_sees(forms.get(mask)), shown_by(forms.get(condition), is_shown)))
+    condition = forms.get(op["condition"])
+    for mask, number, is_shown in (("self", "other", True), ("other", "self", False)):
+        if _hide(forms, op[mask]):
+            return _hidden_further(op, forms, op[mask], op[number], shown_by(condition, is_shown))
     return None
 
 
-def _constant(value: Any, forms: dict[fx.Node, Form]) -> float | None:
-    if isinstance(value, fx.Node):
-        form = forms.get(value)
-        return form.value if isinstance(form, Constant) else None
-    return float(value)
-
-
-def _hides(value: float, dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and value <= torch.finfo(dtype).min
+def _hidden_further(op: Operands, forms: dict[fx.Node, Form], mask: Any, value: Any, shown: Form) -> Form:
+    """A mask that is added to scores, in which one more thing is hidden."""
+    number = constant(value, forms)
+    if number is None or not hides(number, fake(op.node).dtype) or not _hide(forms, mask):
+        return None
+    return hiding(both(as_sees(forms.get(mask)), shown))
 
 
 _EVALUATE: dict[str, Callable[[Operands, dict[fx.Node, Form]], Form]] = {
     "aten.arange": _arange,
     "aten.add": _shift(1),
     "aten.sub": _shift(-1),
-    "aten.rsub": _by_number(lambda a, b: b - a),
-    "aten.mul": _by_number(operator.mul),
-    "aten.div": _by_number(lambda a, b: a / b if b else math.nan),
-    "aten.eq": _by_number(operator.eq),
-    "aten.ne": _by_number(operator.ne),
-    "aten.le": _compare(operator.le, None, 0),
-    "aten.lt": _compare(operator.lt, None, -1),
-    "aten.ge": _compare(operator.ge, 0, None),
-    "aten.gt": _compare(operator.gt, 1, None),
-    "aten.bitwise_not": _not,
-    "aten.logical_not": _not,
+    "aten.le": _compare(None, 0),
+    "aten.lt": _compare(None, -1),
+    "aten.ge": _compare(0, None),
+    "aten.gt": _compare(1, None),
     "aten.tril": _triangle(upper=False),
     "aten.triu": _triangle(upper=True),
     "aten.masked_fill": _fill,

@@ -245,6 +245,20 @@ def by_ids_of_documents(ids: Tensor, am: Tensor) -> Tensor:
     return torch.where(k <= q, 0.0, lowest) + (1.0 - am[:, None, None, :]) * lowest
 
 
+def above_infinity(ids: Tensor, am: Tensor) -> Tensor:
+    """What is hidden twice is the lowest number or minus infinity."""
+    return sum_of_masks(ids, am) > -torch.inf
+
+
+def at_a_rounded_number(ids: Tensor, am: Tensor) -> Tensor:
+    """In half precision a tenth is another number, as the number that it is compared with is."""
+    return torch.where(triangle(ids, am), 0.1, 1.0).bfloat16() == 0.1
+
+
+def shown_again(ids: Tensor, am: Tensor) -> Tensor:
+    return lowest_above(ids, am).masked_fill(~am.bool()[:, None, None, :], 0.0)
+
+
 def sum_of_triangles(ids: Tensor, am: Tensor) -> Tensor:
     return square(ids).tril() + square(ids).triu(1)
 
@@ -275,13 +289,14 @@ PROVEN: dict[str, tuple[MaskCode, MaskProof]] = {
     "hidden further": (hidden_further, MaskProof(causal=True)),
     "kept further": (kept_further, MaskProof(causal=True)),
     "between triangles": (between_triangles, MaskProof(causal=True, window=W)),
+    "at a rounded number": (at_a_rounded_number, MaskProof(causal=True)),
     "not outside": (not_outside, MaskProof(causal=True, window=W)),
 }
 EXPLICIT = (
     strictly_before, one_ahead, anticausal, two_sided_window, prefix, documents, query_padding,
     inverted_padding, soft, biased, every_other, by_positions, reversed_index, hidden_ones,
     hidden_by_both, added_ones, hidden_a_little, only_above, hides_itself, hides_what_is_below, below_zero,
-    by_ids_of_documents, sum_of_triangles, halved,
+    by_ids_of_documents, sum_of_triangles, halved, above_infinity, shown_again,
 )  # fmt: skip
 
 

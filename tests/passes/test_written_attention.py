@@ -152,6 +152,10 @@ def widened(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     return scores.double().softmax(-1).type_as(v) @ v
 
 
+def whole_factor(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    return hide(q @ k.mT * torch.full((), 2.7).long(), seen).softmax(-1) @ v
+
+
 ONE_OPERATOR = [
     (added, "causal, proven from its masks"),
     (filled, "causal, proven from its masks"),
@@ -167,6 +171,7 @@ ONE_OPERATOR = [
     (by_triangle_of_numbers, "causal, proven from its masks"),
     (by_triangle, "causal, proven from its masks"),
     (by_not_of_numbers, "causal, proven from its masks"),
+    (whole_factor, "causal, proven from its masks"),
     (widened, "causal, proven from its masks"),
     (by_buffer, "mask read at active pairs"),
     (two_biases, "mask read at active pairs"),
@@ -234,10 +239,6 @@ def learned_factor(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> T
 def perhaps_learned(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """As long as what is learned is small, the factor is a number."""
     return hide(q @ k.mT / torch.maximum(torch.full((), 4.0), b.scale[0] + 6), seen).softmax(-1) @ v
-
-
-def whole_factor(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    return hide(q @ k.mT * torch.full((), 2.7).long(), seen).softmax(-1) @ v
 
 
 def rounded_inside(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
@@ -322,7 +323,7 @@ def of_samples_and_heads(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor
 OWN_OPERATORS = [
     capped, read_twice, scaled_behind, learned, by_content, learned_factor, of_samples_and_heads,
     every_other, two_depths, by_truth, by_number, rounded, cut_off,
-    by_pairs_of_heads, perhaps_learned, whole_factor, rounded_inside,
+    by_pairs_of_heads, perhaps_learned, rounded_inside,
 ]  # fmt: skip
 
 

@@ -1,0 +1,100 @@
+"""Numbers, and pairs of numbers, that masks are full of: an operator's results are found by running it on them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from regate_fx.passes.base import fake
+from regate_fx.passes.hidden_elements import WHERE_IT_LIES, is_elementwise
+from regate_fx.passes.mask_forms import Constant, Form, Padding, Sees, Two, opposite
+from regate_fx.passes.rules import Operands
+
+
+def of_values(op: Operands, forms: dict[fx.Node, Form]) -> Form:
+    """The form of what an elementwise operator makes of two values that are chosen by one thing, or of numbers."""
+    operands = op.tensors()
+    if not operands or not is_elementwise(op.node):
+        return None
+    held = {node: _held(node, forms) for node in operands}
+    chosen_by = {form.of for form in held.values() if isinstance(form, Two)}
+    if None in held.values() or len(chosen_by) > 1:
+        return None
+    results = _run(op.node, {node: _tensor(node, form) for node, form in held.items()})
+    if results is None or results.isnan().any():
+        return None
+    if not chosen_by:
+        return Constant(float(results)) if results.numel() == 1 else None
+    return two(op, chosen_by.pop(), *results.tolist()) if results.shape == (2,) else None
+
+
+def _held(node: fx.Node, forms: dict[fx.Node, Form]) -> Two | Constant | None:
+    form = forms.get(node)
+    if isinstance(form, (Sees, Padding)) and fake(node).dtype is torch.bool:
+        return Two(form, 1.0, 0.0)
+    if isinstance(form, Two) and not math.isnan(form.outside):
+        return form
+    return form if isinstance(form, Constant) else None
+
+
+def _tensor(node: fx.Node, form: Two | Constant | None) -> torch.Tensor:
+    """The values of a form, in a tensor that has dimensions if the node's has."""
+    value = fake(node)
+    numbers = [form.inside, form.outside] if isinstance(form, Two) else [form.value] if form else []
+    held = torch.tensor(numbers, dtype=torch.float64).to(value.dtype)
+    return held if value.dim() else held.reshape(())
+
+
+def _run(node: fx.Node, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor | None:
+    kwargs = {name: value for name, value in node.kwargs.items() if name not in WHERE_IT_LIES}
+    assert callable(node.target)
+    try:
+        with unset_fake_temporarily(), torch.no_grad():
+            args, kwargs = fx.map_arg((node.args, kwargs), values.__getitem__)
+            result = node.target(*args, **kwargs)
+    except Exception:
+        return None  # it takes a size, too
+    return result.double() if isinstance(result, torch.Tensor) and not result.is_complex() else None
+
+
+def two(op: Operands, of: Sees | Padding, inside: float, outside: float) -> Form:
+    """The form of an operator's result, of which this is rounded to its dtype."""
+    dtype = fake(op.node).dtype
+    here, there = rounded(inside, dtype), rounded(outside, dtype)
+    if here is None or there is None or here == there:
+        return None
+    if dtype is torch.bool:
+        return of if here else opposite(of)
+    if there == 0 and hides(here, dtype) and isinstance(rest := opposite(of), Sees):
+        of, here, there = rest, there, here
+    return Two(of, here, there, hides=here == 0 and hides(there, dtype))
+
+
+def hiding(seen: Form) -> Form:
+    """A mask to be added to scores behind which a query sees what it does."""
+    return Two(seen, 0.0, torch.nan, hides=True) if isinstance(seen, Sees) else None
+
+
+def hides(value: float, dtype: torch.dtype) -> bool:
+    """Whether a number that is added to a score of a dtype leaves nothing of it."""
+    return dtype.is_floating_point and value <= torch.finfo(dtype).min
+
+
+def rounded(value: float, dtype: torch.dtype) -> float | None:
+    """A number as a dtype has it; None where it does not."""
+    if dtype.is_floating_point or dtype is torch.bool:
+        return float(torch.tensor(value, dtype=torch.float64).to(dtype))
+    limits = torch.iinfo(dtype)
+    return value if limits.min <= value <= limits.max and value == int(value) else None
+
+
+def constant(value: Any, forms: dict[fx.Node, Form]) -> float | None:
+    """A number, or the one that a tensor is full of."""
+    if isinstance(value, fx.Node):
+        form = forms.get(value)
+        return form.value if isinstance(form, Constant) else None
+    return float(value)

@@ -1,4 +1,7 @@
-"""What is known of a mask's values: indices, bands of pairs, the padding mask, and numbers chosen by one of these."""
+"""What is known of a mask's values: indices, bands of pairs, the padding mask, and numbers chosen by one of these.
+
+All of it is about pairs of positions that are no padding: padding is never active.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class Padding:
 
 @dataclass(frozen=True)
 class Sees:
-    """Booleans over (query, key) = dims (-2, -1): `low <= key - query <= high`, padding apart."""
+    """Booleans over (query, key) = dims (-2, -1): `low <= key - query <= high`."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -34,15 +37,19 @@ class Sees:
 
 @dataclass(frozen=True)
 class Two:
-    """Two numbers: one where `of` holds, another one elsewhere; booleans only if they are no `Sees` or `Padding`.
-
-    hides: they are zero, and the lowest number or less, to be added to scores. The second may then be NaN: unknown.
-    """
+    """Two numbers: one where `of` holds, another one elsewhere; booleans only if they are no `Sees` or `Padding`."""
 
     of: Sees | Padding
     inside: float
     outside: float
-    hides: bool = False
+
+
+@dataclass(frozen=True)
+class Hides:
+    """Zero where `of` holds, elsewhere the lowest number or less, to be added to scores: `number` if it is known."""
+
+    of: Sees | Padding
+    number: float | None
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,12 @@ class Constant:
     value: float
 
 
-Form = Index | Padding | Sees | Two | Constant | None
+Form = Index | Padding | Sees | Two | Hides | Constant | None
 
 
 def as_sees(form: Form) -> Form:
     """What a query sees behind a mask, as one `Sees` if it is that."""
-    if isinstance(form, Two) and form.hides:
+    if isinstance(form, Hides):
         form = form.of
     if isinstance(form, Constant):
         return Sees() if form.value else None

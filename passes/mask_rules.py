@@ -15,6 +15,7 @@ from regate_fx.passes.base import fake, held_number, operator_name
 from regate_fx.passes.mask_forms import (
     Constant,
     Form,
+    Hides,
     Index,
     Padding,
     Sees,
@@ -35,13 +36,13 @@ _KEEPS = {
     "aten.expand", "aten.clone", "aten.contiguous", "aten.alias", "aten.detach", "aten.lift_fresh_copy",
     "aten.expand_as", "aten.broadcast_to",
 }  # fmt: skip
-_AND = {"aten.__and__", "aten.bitwise_and", "aten.logical_and"}
+_AND = {"aten.__and__", "aten.bitwise_and"}
 _OR = {"aten.__or__", "aten.bitwise_or", "aten.logical_or"}
 
 
 def form_of(node: fx.Node, forms: dict[fx.Node, Form], analysis: TokenAxes, plan: PlanNodes) -> Form:
     if node is plan.attention_mask:
-        return Padding(-1)
+        return None if fake(node).is_floating_point() else Padding(-1)
     if (number := held_number(node)) is not None:
         return Constant(number)
     if node.op != "call_function" or not isinstance(fake(node), torch.Tensor):
@@ -50,7 +51,9 @@ def form_of(node: fx.Node, forms: dict[fx.Node, Form], analysis: TokenAxes, plan
     name = operator_name(node)
     if name in _KEEPS:
         return forms.get(node.args[0])
-    if name in _AND and all(_is_shown(arg) for arg in node.args):
+    if (name in _AND and all(map(_is_bool, node.args))) or (
+        name == "aten.logical_and" and all(map(_is_shown, node.args))
+    ):
         return both(*(as_sees(forms.get(arg)) for arg in node.args))
     if name in _OR and all(_is_bool(arg) for arg in node.args):
         return opposite(both(*(shown_by(forms.get(arg), False) for arg in node.args)))
@@ -69,9 +72,14 @@ def _is_bool(mask: Any) -> bool:
 
 def _arange(op: Operands, forms: dict[fx.Node, Form]) -> Form:
     axes = op._axes.get(op.node)
-    if isinstance(axes, Axes) and axes.meaning is Meaning.ARANGE and axes.dims[0] in ((Token.B,), (Token.S,)):
-        return Index(axes.dims[0][0], -1)
-    return None
+    if not _counts(op) or not isinstance(axes, Axes) or axes.meaning is not Meaning.ARANGE:
+        return None
+    return Index(axes.dims[0][0], -1) if axes.dims[0] in ((Token.B,), (Token.S,)) else None
+
+
+def _counts(op: Operands) -> bool:
+    """Whether a dtype has all positions of a sequence, and all differences of two."""
+    return fake(op.node).dtype in (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
 def _shift(sign: int) -> Callable[[Operands, dict[fx.Node, Form]], Form]:
@@ -79,7 +87,7 @@ def _shift(sign: int) -> Callable[[Operands, dict[fx.Node, Form]], Form]:
         form, other = forms.get(op["self"]), op["other"]
         if op._arguments.get("alpha", 1) != 1:
             return None
-        if isinstance(form, Index) and isinstance(other, int):
+        if isinstance(form, Index) and isinstance(other, int) and _counts(op):
             return replace(form, offset=form.offset + sign * other)
         if sign == 1 and _hide(forms, op["self"], other):
             return hiding(both(*(as_sees(forms.get(mask)) for mask in (op["self"], other))))
@@ -90,7 +98,7 @@ def _shift(sign: int) -> Callable[[Operands, dict[fx.Node, Form]], Form]:
 
 def _hide(forms: dict[fx.Node, Form], *masks: Any) -> bool:
     """Whether all are masks that are added to scores: what one hides, their sum hides."""
-    return all(isinstance(form := forms.get(mask), Two) and form.hides for mask in masks)
+    return all(isinstance(forms.get(mask), Hides) for mask in masks)
 
 
 def _compare(low: int | None, high: int | None) -> Callable[[Operands, dict[fx.Node, Form]], Form]:
@@ -150,7 +158,7 @@ def _cast(op: Operands, forms: dict[fx.Node, Form]) -> Form:
     """What is no padding stays that, whatever number it is, unless it is added to scores."""
     form = forms.get(op["self"])
     is_kept = isinstance(form, Padding) and not fake(op.node).is_floating_point()
-    return form if is_kept or isinstance(form, Index) else None
+    return form if is_kept or (isinstance(form, Index) and _counts(op)) else None
 
 
 def _triangle(upper: bool) -> Callable[[Operands, dict[fx.Node, Form]], Form]:

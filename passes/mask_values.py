@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from regate_fx.passes.base import fake
 from regate_fx.passes.hidden_elements import WHERE_IT_LIES, is_elementwise
-from regate_fx.passes.mask_forms import Constant, Form, Padding, Sees, Two, opposite
+from regate_fx.passes.mask_forms import Constant, Form, Hides, Padding, Sees, Two, opposite
 from regate_fx.passes.rules import Operands
 
 
@@ -36,9 +35,9 @@ def _held(node: fx.Node, forms: dict[fx.Node, Form]) -> Two | Constant | None:
     form = forms.get(node)
     if isinstance(form, (Sees, Padding)) and fake(node).dtype is torch.bool:
         return Two(form, 1.0, 0.0)
-    if isinstance(form, Two) and not math.isnan(form.outside):
-        return form
-    return form if isinstance(form, Constant) else None
+    if isinstance(form, Hides) and form.number is not None:
+        return Two(form.of, 0.0, form.number)
+    return form if isinstance(form, (Two, Constant)) else None
 
 
 def _tensor(node: fx.Node, form: Two | Constant | None) -> torch.Tensor:
@@ -71,12 +70,12 @@ def two(op: Operands, of: Sees | Padding, inside: float, outside: float) -> Form
         return of if here else opposite(of)
     if there == 0 and hides(here, dtype) and isinstance(rest := opposite(of), Sees):
         of, here, there = rest, there, here
-    return Two(of, here, there, hides=here == 0 and hides(there, dtype))
+    return Hides(of, there) if here == 0 and hides(there, dtype) else Two(of, here, there)
 
 
 def hiding(seen: Form) -> Form:
     """A mask to be added to scores behind which a query sees what it does."""
-    return Two(seen, 0.0, torch.nan, hides=True) if isinstance(seen, Sees) else None
+    return Hides(seen, None) if isinstance(seen, Sees) else None
 
 
 def hides(value: float, dtype: torch.dtype) -> bool:

@@ -61,7 +61,8 @@ class ProveMasks:
         }
         ctx.findings["masks"] = masks
         ctx.findings["forms"] = forms
-        ctx.findings["padding"] = {node for node, form in forms.items() if form == Padding(-1)}
+        padding = {node for node, form in forms.items() if form == Padding(-1)}
+        ctx.findings["padding"] = padding if plan.attention_mask is None else padding | {plan.attention_mask}
         return PassResult(gm, sum(not proof.explicit for proof in masks.values()))
 
 

@@ -17,7 +17,7 @@ from torch import fx
 from regate_fx.passes.axes import Token, has_token
 from regate_fx.passes.base import fake
 from regate_fx.passes.layouts import Layout
-from regate_fx.passes.mask_forms import Form, Two
+from regate_fx.passes.mask_forms import Form, Hides
 from regate_fx.passes.masks import MaskProof, proof_of
 from regate_fx.passes.rewrite_attention import dense_mask
 from regate_fx.passes.token_axes import TokenAxes
@@ -45,11 +45,9 @@ class Mask:
     @property
     def band(self) -> tuple[MaskProof, float] | None:
         """What it is proven to show, and the number that it hides others by; at active pairs it is nothing else."""
-        number = (
-            self.fill if self.fill is not None else self.seen.outside if isinstance(self.seen, Two) else None
-        )
+        number = self.seen.number if isinstance(self.seen, Hides) else self.fill
         proof = proof_of([self.seen])
-        return None if number is None or math.isnan(number) or proof.explicit else (proof, number)
+        return None if number is None or proof.explicit else (proof, number)
 
 
 def why_not_one(masks: Sequence[Mask], analysis: TokenAxes, heads: int | None) -> fx.Node | None:

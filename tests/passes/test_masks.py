@@ -259,6 +259,28 @@ def shown_again(ids: Tensor, am: Tensor) -> Tensor:
     return lowest_above(ids, am).masked_fill(~am.bool()[:, None, None, :], 0.0)
 
 
+def positions(dtype: torch.dtype, step: int = 0) -> MaskCode:
+    """Positions that a dtype does not have: it rounds them, or begins anew."""
+
+    def mask(ids: Tensor, am: Tensor) -> Tensor:
+        index = torch.arange(ids.shape[1])
+        return (index.to(dtype)[:, None] - step < index.to(dtype)) & (index <= index[:, None])
+
+    mask.__name__ = f"{dtype}"
+    return mask
+
+
+def made_in_half_precision(ids: Tensor, am: Tensor) -> Tensor:
+    index = torch.arange(ids.shape[1], dtype=torch.float16)
+    return index <= index[:, None]
+
+
+def of_bits(ids: Tensor, am: Tensor) -> Tensor:
+    """Documents by number: those of one bit are hidden from those of another."""
+    q, k = grid(ids)
+    return (k <= q) & ((am & torch.full((), 2))[:, None, None, :] != 0)
+
+
 def sum_of_triangles(ids: Tensor, am: Tensor) -> Tensor:
     return square(ids).tril() + square(ids).triu(1)
 
@@ -289,6 +311,7 @@ PROVEN: dict[str, tuple[MaskCode, MaskProof]] = {
     "hidden further": (hidden_further, MaskProof(causal=True)),
     "kept further": (kept_further, MaskProof(causal=True)),
     "between triangles": (between_triangles, MaskProof(causal=True, window=W)),
+    "positions in single precision": (positions(torch.float32, W), MaskProof(causal=True, window=W)),
     "at a rounded number": (at_a_rounded_number, MaskProof(causal=True)),
     "not outside": (not_outside, MaskProof(causal=True, window=W)),
 }
@@ -296,7 +319,8 @@ EXPLICIT = (
     strictly_before, one_ahead, anticausal, two_sided_window, prefix, documents, query_padding,
     inverted_padding, soft, biased, every_other, by_positions, reversed_index, hidden_ones,
     hidden_by_both, added_ones, hidden_a_little, only_above, hides_itself, hides_what_is_below, below_zero,
-    by_ids_of_documents, sum_of_triangles, halved, above_infinity, shown_again,
+    by_ids_of_documents, sum_of_triangles, halved, above_infinity, shown_again, made_in_half_precision,
+    of_bits, positions(torch.uint8, 3), positions(torch.bfloat16, 3), positions(torch.int8, 3),
 )  # fmt: skip
 
 

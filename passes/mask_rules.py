@@ -36,8 +36,6 @@ _KEEPS = {
     "aten.expand", "aten.clone", "aten.contiguous", "aten.alias", "aten.detach", "aten.lift_fresh_copy",
     "aten.expand_as", "aten.broadcast_to",
 }  # fmt: skip
-_AND = {"aten.__and__", "aten.bitwise_and"}
-_OR = {"aten.__or__", "aten.bitwise_or", "aten.logical_or"}
 
 
 def form_of(node: fx.Node, forms: dict[fx.Node, Form], analysis: TokenAxes, plan: PlanNodes) -> Form:
@@ -51,11 +49,9 @@ def form_of(node: fx.Node, forms: dict[fx.Node, Form], analysis: TokenAxes, plan
     name = operator_name(node)
     if name in _KEEPS:
         return forms.get(node.args[0])
-    if (name in _AND and all(map(_is_bool, node.args))) or (
-        name == "aten.logical_and" and all(map(_is_shown, node.args))
-    ):
+    if name in _AND and all(map(_AND[name], node.args)):
         return both(*(as_sees(forms.get(arg)) for arg in node.args))
-    if name in _OR and all(_is_bool(arg) for arg in node.args):
+    if name in _OR and all(map(_is_bool, node.args)):
         return opposite(both(*(shown_by(forms.get(arg), False) for arg in node.args)))
     form = _EVALUATE[name](op, forms) if name in _EVALUATE else None
     return form if form is not None else of_values(op, forms)
@@ -68,6 +64,11 @@ def _is_shown(mask: Any) -> bool:
 
 def _is_bool(mask: Any) -> bool:
     return isinstance(mask, fx.Node) and fake(mask).dtype is torch.bool
+
+
+# What they must take to be true where both are shown: ands of integers are those of their bits.
+_AND = {"aten.__and__": _is_bool, "aten.bitwise_and": _is_bool, "aten.logical_and": _is_shown}
+_OR = {"aten.__or__", "aten.bitwise_or", "aten.logical_or"}
 
 
 def _arange(op: Operands, forms: dict[fx.Node, Form]) -> Form:
@@ -140,7 +141,7 @@ def _moved(op: Operands, forms: dict[fx.Node, Form]) -> Form:
 
 
 def _renumbered(form: Form, dims: dict[int, int]) -> Form:
-    if isinstance(form, Two):
+    if isinstance(form, (Two, Hides)):
         of = _renumbered(form.of, dims)
         return replace(form, of=of) if isinstance(of, (Sees, Padding)) else None
     if isinstance(form, Sees):

@@ -19,9 +19,9 @@ def of_values(op: Operands, forms: dict[fx.Node, Form]) -> Form:
     operands = op.tensors()
     if not operands or not is_elementwise(op.node):
         return None
-    held = {node: _held(node, forms) for node in operands}
+    held = {node: form for node in operands if (form := _held(node, forms)) is not None}
     chosen_by = {form.of for form in held.values() if isinstance(form, Two)}
-    if None in held.values() or len(chosen_by) > 1:
+    if len(held) < len(operands) or len(chosen_by) > 1:
         return None
     results = _run(op.node, {node: _tensor(node, form) for node, form in held.items()})
     if results is None or results.isnan().any():
@@ -40,10 +40,10 @@ def _held(node: fx.Node, forms: dict[fx.Node, Form]) -> Two | Constant | None:
     return form if isinstance(form, (Two, Constant)) else None
 
 
-def _tensor(node: fx.Node, form: Two | Constant | None) -> torch.Tensor:
+def _tensor(node: fx.Node, form: Two | Constant) -> torch.Tensor:
     """The values of a form, in a tensor that has dimensions if the node's has."""
     value = fake(node)
-    numbers = [form.inside, form.outside] if isinstance(form, Two) else [form.value] if form else []
+    numbers = [form.inside, form.outside] if isinstance(form, Two) else [form.value]
     held = torch.tensor(numbers, dtype=torch.float64).to(value.dtype)
     return held if value.dim() else held.reshape(())
 
@@ -61,7 +61,7 @@ def _run(node: fx.Node, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor | N
 
 
 def two(op: Operands, of: Sees | Padding, inside: float, outside: float) -> Form:
-    """The form of an operator's result, of which this is rounded to its dtype."""
+    """The form of an operator's result that is one number where something holds, and another one elsewhere."""
     dtype = fake(op.node).dtype
     here, there = rounded(inside, dtype), rounded(outside, dtype)
     if here is None or there is None or here == there:

@@ -275,6 +275,14 @@ def made_in_half_precision(ids: Tensor, am: Tensor) -> Tensor:
     return index <= index[:, None]
 
 
+def added_query_padding(ids: Tensor, am: Tensor) -> Tensor:
+    return torch.where(am.bool(), 0.0, -torch.inf)[:, None, :, None]
+
+
+def numbered_query_padding(ids: Tensor, am: Tensor) -> Tensor:
+    return (1.0 - am.bool().float()).unsqueeze(-1)[:, None] * torch.finfo(torch.float32).min
+
+
 def of_bits(ids: Tensor, am: Tensor) -> Tensor:
     """Documents by number: those of one bit are hidden from those of another."""
     q, k = grid(ids)
@@ -320,7 +328,8 @@ EXPLICIT = (
     inverted_padding, soft, biased, every_other, by_positions, reversed_index, hidden_ones,
     hidden_by_both, added_ones, hidden_a_little, only_above, hides_itself, hides_what_is_below, below_zero,
     by_ids_of_documents, sum_of_triangles, halved, above_infinity, shown_again, made_in_half_precision,
-    of_bits, positions(torch.uint8, 3), positions(torch.bfloat16, 3), positions(torch.int8, 3),
+    of_bits, added_query_padding, numbered_query_padding, positions(torch.uint8, 3),
+    positions(torch.bfloat16, 3), positions(torch.int8, 3),
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from gating import (
     why_dense,
 )
 from small_decoder import Block, D, Decoder, Extra, batch, causal_mask, decoder, some_active
+from tiers import tiers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutput
@@ -148,9 +149,14 @@ def test_picked_rows_are_gated_and_right(extra: Extra, B: int) -> None:
     assert {layer.kind for layer in gated.report.layers} == {"varlen"}
 
 
-@pytest.mark.parametrize("extra", [looped, by_condition, in_groups], ids=lambda extra: extra.__name__)
-@pytest.mark.parametrize("scope", ["model", "layers"])
-def test_inductor_compiles_picked_rows(extra: Extra, scope: str) -> None:
+WITH_INDUCTOR = [
+    (extra, scope) for extra in (looped, by_condition, in_groups) for scope in ("model", "layers")
+]
+
+
+@pytest.mark.parametrize("case", tiers(WITH_INDUCTOR, (by_condition, "model"), (in_groups, "layers")))
+def test_inductor_compiles_picked_rows(case: tuple[Extra, str]) -> None:
+    extra, scope = case
     model = decoder(extra, layers=2)
     gated = gate(model, backend="inductor", scope=scope)
     for B, S in ((3, 7), (2, 9)):

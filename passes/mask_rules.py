@@ -166,8 +166,10 @@ def _triangle(upper: bool) -> Callable[[Operands, dict[fx.Node, Form]], Form]:
     """A constant on one side of a diagonal, and zeros on the other."""
 
     def triangle(op: Operands, forms: dict[fx.Node, Form]) -> Form:
-        value, diagonal, axes = constant(op["self"], forms), op["diagonal"], op.axes("self")
-        if value is None or not isinstance(diagonal, int) or axes.dims[-2:] != ((Token.S,), (Token.S,)):
+        value, diagonal, axes = constant(op["self"], forms), op["diagonal"], op._axes.get(op["self"])
+        if value is None or not isinstance(diagonal, int) or not isinstance(axes, Axes):
+            return None
+        if axes.dims[-2:] != ((Token.S,), (Token.S,)):
             return None
         of = Sees(low=diagonal) if upper else Sees(high=diagonal)
         return two(op, of, value, 0.0)

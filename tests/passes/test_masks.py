@@ -289,6 +289,12 @@ def of_bits(ids: Tensor, am: Tensor) -> Tensor:
     return (k <= q) & ((am & torch.full((), 2))[:, None, None, :] != 0)
 
 
+def of_a_larger_triangle(ids: Tensor, am: Tensor) -> Tensor:
+    """Of a size that is no token axis, as chunks of a sequence have."""
+    S = ids.shape[1]
+    return torch.ones(S + 3, S + 3).tril()[:S, :S].bool()
+
+
 def sum_of_triangles(ids: Tensor, am: Tensor) -> Tensor:
     return square(ids).tril() + square(ids).triu(1)
 
@@ -328,7 +334,7 @@ EXPLICIT = (
     inverted_padding, soft, biased, every_other, by_positions, reversed_index, hidden_ones,
     hidden_by_both, added_ones, hidden_a_little, only_above, hides_itself, hides_what_is_below, below_zero,
     by_ids_of_documents, sum_of_triangles, halved, above_infinity, shown_again, made_in_half_precision,
-    of_bits, added_query_padding, numbered_query_padding, positions(torch.uint8, 3),
+    of_bits, of_a_larger_triangle, added_query_padding, numbered_query_padding, positions(torch.uint8, 3),
     positions(torch.bfloat16, 3), positions(torch.int8, 3),
 )  # fmt: skip
 

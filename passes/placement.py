@@ -142,14 +142,14 @@ class _Placer:
         return self.placement
 
     def _find_written(self) -> None:
+        varying = self.stack.content | self.learned
         for layer in self.stack.layers:
             for attention in layer.attentions if layer.index not in self.dense else ():
                 if not attention.kernel:
-                    self._read_written(attention)
+                    self._read_written(attention, varying)
 
-    def _read_written(self, attention: Attention) -> None:
+    def _read_written(self, attention: Attention, varying: set[fx.Node]) -> None:
         """Attention that one operator is to compute has packed rows in the end, and nothing before."""
-        varying = self.stack.content | self.learned
         found = written_attention(attention, self.analysis, self.forms, varying)
         if isinstance(found, OwnOperators):
             strange = f"one operator cannot do what {operator_name(found.node)} does here"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import fx
@@ -28,7 +28,7 @@ _PROBES = (0.7, -1.3, 3.1)  # in place of values that are not known
 _SAME = 1e-2  # relative spread under which a result is taken to be independent of the probes
 _EITHER: frozenset[float | None] = frozenset({0.0, 1.0})  # what a condition may be
 _SCALE = {"aten.mul", "aten.div"}  # by what is not known: not to zero
-WHERE_IT_LIES = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
+_WHERE_IT_LIES = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
 
 
 def counting(constants: Iterable[float]) -> list[float]:
@@ -96,17 +96,21 @@ def _is_close(a: float, b: float) -> bool:
 
 def _run(node: fx.Node, values: dict[fx.Node, float]) -> float | None:
     """The operator on tensors without dimensions; None where it gives no number."""
-    kwargs = {name: value for name, value in node.kwargs.items() if name not in WHERE_IT_LIES}
+    result = run_on_tensors(node, lambda operand: _scalar(values[operand], operand))
+    return float(result) if result is not None and result.dim() == 0 else None
+
+
+def run_on_tensors(node: fx.Node, tensor: Callable[[fx.Node], torch.Tensor]) -> torch.Tensor | None:
+    """An operator's own result on other tensors than it is given in the graph; None where it gives no real tensor."""
+    kwargs = {name: value for name, value in node.kwargs.items() if name not in _WHERE_IT_LIES}
     assert callable(node.target)
     try:
         with unset_fake_temporarily(), torch.no_grad():
-            scalars = {operand: _scalar(value, operand) for operand, value in values.items()}
-            args, kwargs = fx.map_arg((node.args, kwargs), scalars.get)
+            args, kwargs = fx.map_arg((node.args, kwargs), tensor)
             result = node.target(*args, **kwargs)
     except Exception:
-        return None  # it takes something else than numbers here
-    is_number = isinstance(result, torch.Tensor) and result.dim() == 0 and not result.is_complex()
-    return float(result) if is_number else None
+        return None  # it takes something else than these tensors, too, a size for one
+    return result if isinstance(result, torch.Tensor) and not result.is_complex() else None
 
 
 def _scalar(value: float, like: fx.Node) -> torch.Tensor:

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from regate_fx.passes.base import fake
-from regate_fx.passes.hidden_elements import WHERE_IT_LIES, is_elementwise
+from regate_fx.passes.hidden_elements import is_elementwise, run_on_tensors
 from regate_fx.passes.mask_forms import Constant, Form, Hides, Padding, Sees, Two, opposite
 from regate_fx.passes.rules import Operands
 
@@ -23,7 +22,7 @@ def of_values(op: Operands, forms: dict[fx.Node, Form]) -> Form:
     chosen_by = {form.of for form in held.values() if isinstance(form, Two)}
     if len(held) < len(operands) or len(chosen_by) > 1:
         return None
-    results = _run(op.node, {node: _tensor(node, form) for node, form in held.items()})
+    results = run_on_tensors(op.node, lambda node: _tensor(node, held[node]))
     if results is None or results.isnan().any():
         return None
     if not chosen_by:
@@ -46,18 +45,6 @@ def _tensor(node: fx.Node, form: Two | Constant) -> torch.Tensor:
     numbers = [form.inside, form.outside] if isinstance(form, Two) else [form.value]
     held = torch.tensor(numbers, dtype=torch.float64).to(value.dtype)
     return held if value.dim() else held.reshape(())
-
-
-def _run(node: fx.Node, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor | None:
-    kwargs = {name: value for name, value in node.kwargs.items() if name not in WHERE_IT_LIES}
-    assert callable(node.target)
-    try:
-        with unset_fake_temporarily(), torch.no_grad():
-            args, kwargs = fx.map_arg((node.args, kwargs), values.__getitem__)
-            result = node.target(*args, **kwargs)
-    except Exception:
-        return None  # it takes a size, too
-    return result.double() if isinstance(result, torch.Tensor) and not result.is_complex() else None
 
 
 def two(op: Operands, of: Sees | Padding, inside: float, outside: float) -> Form:

@@ -208,10 +208,8 @@ def _fill(op: Operands, forms: dict[fx.Node, Form]) -> Form:
 
 def _where(op: Operands, forms: dict[fx.Node, Form]) -> Form:
     condition = forms.get(op["condition"])
-    for mask, number, is_shown in (("self", "other", True), ("other", "self", False)):
-        if _hide(forms, op[mask]):
-            return _hidden_further(op, forms, op[mask], op[number], shown_by(condition, is_shown))
-    return None
+    mask, number, is_shown = ("self", "other", True) if _hide(forms, op["self"]) else ("other", "self", False)
+    return _hidden_further(op, forms, op[mask], op[number], shown_by(condition, is_shown))
 
 
 def _hidden_further(op: Operands, forms: dict[fx.Node, Form], mask: Any, value: Any, shown: Form) -> Form:

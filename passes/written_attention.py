@@ -131,7 +131,7 @@ class _Reader:
         if proof.explicit:
             _must(not self.keeps_finite)
             strange = why_not_one(
-                self.masks, self.analysis, heads_of(self.analysis.of(self.result), self.result)
+                self.masks, self.analysis, _heads_of(self.analysis.of(self.result), self.result)
             )
             self.at = strange or self.at
             _must(strange is None)
@@ -166,7 +166,7 @@ class _Reader:
             _must(after == narrow or torch.promote_types(before, after) == after)
             return True
         if node.target in _VIEWS:
-            heads = [heads_of(self.analysis.of(value), value) for value in (source, node)]
+            heads = [_heads_of(self.analysis.of(value), value) for value in (source, node)]
             _must(heads[0] is not None and heads[0] == heads[1])
             return True
         return name in _COPIES
@@ -273,7 +273,7 @@ class _Reader:
         operands = (query, key, value)
         _must(all(is_tensor(node) and node not in self.members for node in operands))
         axes = [self.analysis.of(node) for node in operands]
-        heads = [heads_of(self.analysis.of(node), node) for node in (*operands, self.result)]
+        heads = [_heads_of(self.analysis.of(node), node) for node in (*operands, self.result)]
         columns = [found.dims[-2:] for found in axes]
         sequences, widths = zip(columns[0], columns[1][::-1], columns[2], strict=True)
         _must(all(dim == (Token.S,) for dim in sequences) and not any(map(has_token, widths)))
@@ -292,7 +292,7 @@ def _must(holds: bool) -> None:
         raise _Unlike
 
 
-def heads_of(axes: Axes, node: fx.Node) -> int | None:
+def _heads_of(axes: Axes, node: fx.Node) -> int | None:
     """H of a value [B, H, ...] or [B * H, ...]."""
     if len(axes) == 4:
         heads = fake(node).shape[1]

@@ -36,7 +36,7 @@ _FILL = {
     "aten.full": None, "aten.new_full": None, "aten.full_like": None, "aten.zeros": 0.0, "aten.new_zeros": 0.0,
     "aten.zeros_like": 0.0, "aten.ones": 1.0, "aten.new_ones": 1.0, "aten.ones_like": 1.0,
 }  # fmt: skip
-_SOFTMAX = {"aten.softmax", "aten._softmax"}
+SOFTMAX = {"aten.softmax", "aten._softmax"}
 # Operators that reorder, regroup or pick features, or only say something about memory and gradients.
 _KEEP = MOVES | {
     "aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze",
@@ -46,7 +46,7 @@ _KEEP = MOVES | {
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "aten.exp", "aten.sigmoid", "aten.square", "aten.abs", "aten.relu", "aten.softplus", "aten.exp2",
-} | _SOFTMAX  # fmt: skip
+} | SOFTMAX  # fmt: skip
 _VALUES = {"aten.where": (1, 2), "aten.masked_fill": (0, 2)}  # the operands whose values are the result's
 _NOT_NEGATIVE_OF_SUCH = {"aten.add", "aten.mul", "aten.div", "aten.where", "aten.masked_fill", "aten.sqrt"}
 
@@ -200,7 +200,7 @@ def _computed(node: fx.Node, axes: Axes, found: HiddenKeys, analysis: TokenAxes)
         return _kept(op, name, axes, found)
     if name.endswith("dropout"):
         return _of_dropout(found.of(op.node.args[0]))
-    if name in _SOFTMAX:
+    if name in SOFTMAX:
         return _of_softmax(op, found)
     if name in ("aten.cat", "aten.concat", "aten.stack"):
         parts = [found.of(part) for part in op["tensors"]]

@@ -19,7 +19,7 @@ from regate_fx.passes.token_symbols import size_expr
 aten = torch.ops.aten
 
 _RESHAPES = {"aten.view", "aten.reshape", "aten._unsafe_view"}
-_COPIES = {"aten.clone", "aten.contiguous", "aten.alias"}
+COPIES = {"aten.clone", "aten.contiguous", "aten.alias"}
 _HEADS = 1  # the dimension of [B, H, S, d]
 
 
@@ -75,7 +75,7 @@ def _interleaved(node: fx.Node) -> fx.Node | None:
 
 def _peel(node: Any) -> fx.Node:
     """The value that a node hands on unchanged."""
-    while operator_name(node) in _COPIES or (
+    while operator_name(node) in COPIES or (
         node.target is aten.slice.Tensor and _sizes(node) == _sizes(node.args[0])
     ):
         node = node.args[0]

@@ -24,20 +24,20 @@ from torch import fx
 
 from regate_fx.passes.axes import Axes, Token, has_token
 from regate_fx.passes.base import fake, is_tensor, operator_name
+from regate_fx.passes.hidden_keys import SOFTMAX
 from regate_fx.passes.layers import Attention
 from regate_fx.passes.mask_forms import Constant, Form, shown_by
 from regate_fx.passes.masks import MaskProof, proof_of
 from regate_fx.passes.rewrite_attention import autocast_dtype
+from regate_fx.passes.shared_heads import COPIES
 from regate_fx.passes.token_axes import TokenAxes
 from regate_fx.passes.written_masks import Mask, why_not_one
 
 aten = torch.ops.aten
 
-_COPIES = {"aten.clone", "aten.contiguous", "aten.alias"}
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _CASTS = {"aten._to_copy", "aten.type_as"}
 _EXPANDS = {"aten.expand", "aten.expand_as"}
-_SOFTMAX = {"aten.softmax", "aten._softmax"}
 _PRODUCTS = {"aten.matmul", "aten.bmm"}
 # Filled in for what is hidden: beside any score that is seen, it counts for nothing.
 _HIDES = -1e4
@@ -118,7 +118,7 @@ class _Reader:
     def _read(self) -> WrittenAttention:
         weights, value = self.result.args[:2]
         softmax = self._behind(weights, self._hands_on_weights)
-        _must(operator_name(softmax) in _SOFTMAX and _is_last(softmax) and _is_as_wide(softmax))
+        _must(operator_name(softmax) in SOFTMAX and _is_last(softmax) and _is_as_wide(softmax))
         product = self._behind(self._through(softmax), self._hands_on_scores)
         _must(operator_name(product) in _PRODUCTS | {"aten.baddbmm"})
         query, key = self._factors(product)
@@ -169,7 +169,7 @@ class _Reader:
             heads = [_heads_of(self.analysis.of(value), value) for value in (source, node)]
             _must(heads[0] is not None and heads[0] == heads[1])
             return True
-        return name in _COPIES
+        return name in COPIES
 
     def _hands_on_scores(self, node: fx.Node) -> bool:
         """What is done to a score before the softmax; notes masks and factors."""
@@ -195,9 +195,7 @@ class _Reader:
         if name not in ("aten.mul", "aten.div"):
             return None
         _must(len(node.args) == 2 and not node.kwargs and node.args[0] in self.members)
-        number = self._number(node.args[1])
-        _must(number is not None and number != 0.0 and math.isfinite(number))
-        assert number is not None
+        number = self._finite(node.args[1])
         return number if name == "aten.mul" else 1.0 / number
 
     def _hides(self, node: fx.Node) -> bool:
@@ -233,7 +231,7 @@ class _Reader:
     def _source(self, mask: Any) -> fx.Node:
         """A mask before it was expanded, or got samples and heads as one dimension."""
         _must(is_tensor(mask) and mask not in self.members)
-        while operator_name(mask) in _EXPANDS or operator_name(mask) in _COPIES or self._merges(mask):
+        while operator_name(mask) in _EXPANDS or operator_name(mask) in COPIES or self._merges(mask):
             mask = mask.args[0]
         _must(mask not in self.varying)
         return mask
@@ -253,18 +251,23 @@ class _Reader:
             return None
         return float(value)
 
+    def _finite(self, value: Any) -> float:
+        """A number that scores may be multiplied with, or divided by."""
+        number = self._number(value)
+        if number is None or number == 0.0 or not math.isfinite(number):
+            raise _Unlike
+        return number
+
     def _factors(self, product: fx.Node) -> tuple[Any, Any]:
         """Queries and keys; of `baddbmm`, notes what it adds to their products."""
         if operator_name(product) != "aten.baddbmm":
             return product.args[0], product.args[1]
         added, query, key = product.args
         beta, alpha = (product.kwargs.get(name, 1) for name in ("beta", "alpha"))
-        number = self._number(alpha)
-        _must(number is not None and number != 0.0 and math.isfinite(number))
+        number = self._finite(alpha)
         if beta != 0 and self.forms.get(added) != Constant(0.0):
             _must(beta == 1 and self.scale == 1.0)
             self._add(added, fake(product).dtype)
-        assert number is not None
         self.scale *= number
         return query, key
 

@@ -15,12 +15,13 @@ from regate_fx.passes.rules import Operands
 
 def of_values(op: Operands, forms: dict[fx.Node, Form]) -> Form:
     """The form of what an elementwise operator makes of two values that are chosen by one thing, or of numbers."""
-    operands = op.tensors()
-    if not operands or not is_elementwise(op.node):
-        return None
-    held = {node: form for node in operands if (form := _held(node, forms)) is not None}
+    held: dict[fx.Node, Two | Constant] = {}
+    for node in op.tensors():
+        if (form := _held(node, forms)) is None:
+            return None
+        held[node] = form
     chosen_by = {form.of for form in held.values() if isinstance(form, Two)}
-    if len(held) < len(operands) or len(chosen_by) > 1:
+    if not held or len(chosen_by) > 1 or not is_elementwise(op.node):
         return None
     results = run_on_tensors(op.node, lambda node: _tensor(node, held[node]))
     if results is None or results.isnan().any():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -69,6 +70,12 @@ class DecoderStack:
     @property
     def last_stream(self) -> fx.Node | None:
         return self.layers[-1].end if self.layers else None
+
+    @property
+    def depth(self) -> int:
+        """How many layers there are, or modules of the list they run through: some lists have one for each mixer."""
+        members = {module for node in self.content if (module := _numbered_module(node)) is not None}
+        return max(len(self.layers), *Counter(map(_list_of, members)).values(), 0)
 
 
 @dataclass(frozen=True)

@@ -251,12 +251,13 @@ class CapturedModel:
         refusals = [refusal.refusal() for refusal in refused if refusal.code != "no-attention"]
         if refusals:
             raise NotGateable(refusals)
-        layers = [layer for run in captures.ran for layer in run.context.findings["layers"].layers]
-        if all(layer.refused is not None for layer in layers):
+        stacks = [run.context.findings["layers"] for run in captures.ran]
+        if all(layer.refused is not None for stack in stacks for layer in stack.layers):
             raise NotGateable(self._why_nothing_ran())
-        if len(layers) < self._live.depth:
+        seen = sum(stack.depth for stack in stacks)
+        if seen < self._live.depth:
             reason = (
-                f"a graph break among the decoder layers hides {self._live.depth - len(layers)} of "
+                f"a graph break among the decoder layers hides {self._live.depth - seen} of "
                 f"{self._live.depth} from the token plan"
             )
             raise NotGateable([LayerRefusal(None, "graph-break", reason)])

@@ -120,6 +120,7 @@ class _Placer:
         self.masks = masks
         self.forms = forms
         self.sums = sums
+        self.batch_is_one = analysis.symbols.batch == 1
         self.learned = learned_nodes(self.nodes)
         self.of_losses = _of_losses(self.nodes, stack, analysis)
         self.dense: set[int] = {layer.index for layer in stack.layers if layer.refused is not None}
@@ -212,8 +213,7 @@ class _Placer:
         if kind is None:
             return False
         if isinstance(axes, Axes) and axes.has_tokens and kind is Kind.ROWS:
-            batch_is_one = self.analysis.symbols.batch == 1
-            return axes.sequences == 1 and (axes.has_batch or batch_is_one)
+            return axes.sequences == 1 and (axes.has_batch or self.batch_is_one)
         return True
 
     def _tail_is_dense(self) -> bool:
@@ -261,21 +261,18 @@ class _Placer:
 
     def _refuse_escapes(self, needed_dense: set[fx.Node]) -> bool:
         """A gated layer must not be read at every position behind the residual stream's back."""
-        refused = False
-        for layer in self.stack.layers:
-            if layer.index in self.dense:
-                continue
-            for node in self.nodes:
-                if node in needed_dense and self.stack.segment.get(node) == layer.index:
-                    layer.refused = Refused(
-                        "escapes",
-                        f"{operator_name(node)} inside the layer is read at every position outside",
-                        node,
-                    )
-                    self.dense.add(layer.index)
-                    refused = True
-                    break
-        return refused
+        first: dict[int, fx.Node] = {}
+        for node in self.nodes:
+            if node in needed_dense and node in self.stack.segment:
+                first.setdefault(self.stack.segment[node], node)
+        escaped = [layer for layer in self.stack.layers if layer.index in first.keys() - self.dense]
+        for layer in escaped:
+            node = first[layer.index]
+            layer.refused = Refused(
+                "escapes", f"{operator_name(node)} inside the layer is read at every position outside", node
+            )
+            self.dense.add(layer.index)
+        return bool(escaped)
 
     def _needed_dense(self) -> set[fx.Node]:
         """Nodes that a dense node or an output reads at every position (a scatter point is not followed)."""

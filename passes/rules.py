@@ -7,6 +7,7 @@ does not cover, is refused: it may still run densely outside the gated part, nev
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,10 +122,16 @@ class Operands:
 def _bind(node: fx.Node) -> dict[str, Any]:
     if not isinstance(node.target, torch._ops.OpOverload):
         return {str(index): argument for index, argument in enumerate(node.args)}
-    schema = node.target._schema.arguments
-    bound = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    bound |= {argument.name: value for argument, value in zip(schema, node.args, strict=False)}
-    return bound | dict(node.kwargs)
+    names, defaults = _signature(node.target)
+    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+@functools.cache
+def _signature(target: torch._ops.OpOverload) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names of an operator's parameters, and the defaults of those that have one."""
+    parameters = target._schema.arguments
+    defaults = {each.name: each.default_value for each in parameters if each.has_default_value()}
+    return tuple(each.name for each in parameters), defaults
 
 
 def kind_of(result: Axes, *operands: Axes) -> Kind:

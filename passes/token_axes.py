@@ -219,8 +219,7 @@ def _check_sizes(node: fx.Node, verdict: Verdict, symbols: TokenSymbols) -> None
     for axes, value in zip(parts_of(verdict.axes), values, strict=True):
         if not isinstance(value, torch.Tensor):
             continue
-        known = len(axes) == len(value.shape)
-        if not known or not all(map(symbols.is_size, axes.dims, value.shape)):
+        if not symbols.fit(axes.dims, value.shape):
             sizes = [symbols.size(dim) for dim in axes.dims]
             wanted = [size_expr(size) for size in value.shape]
             raise Refused(

@@ -70,6 +70,14 @@ class TokenSymbols:
                 return size
         return sympy.sympify(factor)
 
+    def fit(self, dims: tuple[Dim, ...], shape: Sequence[Any]) -> bool:
+        """Whether dimensions have the sizes of a shape."""
+        if len(dims) != len(shape):
+            return False
+        return self.once(_multiply_to, dims, tuple(map(size_expr, shape))) or all(
+            map(self.is_size, dims, shape)
+        )
+
     def is_size(self, dim: Dim, size: Any) -> bool:
         """Whether a dimension has a size. One read from data may be known to be it by what the capture asserts."""
         expr, wanted = self.size(dim), size_expr(size)
@@ -141,6 +149,10 @@ class TokenSymbols:
 
     def axes_of_shape(self, shape: Sequence[Any]) -> Axes:
         return Axes(tuple(self.dim_of_size(size) for size in shape))
+
+
+def _multiply_to(symbols: TokenSymbols, dims: tuple[Dim, ...], sizes: tuple[sympy.Expr, ...]) -> bool:
+    return all(symbols.size(dim) == size for dim, size in zip(dims, sizes, strict=True))
 
 
 def size_expr(size: Any) -> sympy.Expr:

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from machine import machine
+from report import markdown_table, origin
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -178,12 +179,9 @@ def write(record: Record) -> None:
     """`results/compile.json` for programs and `results/compile.md` for people."""
     command = f"python tests/benchmarks/bench_compile.py --repetitions {record['repetitions']}"
     (RESULTS / "compile.json").write_text(json.dumps({"command": command, **record}, indent=2) + "\n")
-    where = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
-    lines = ["# Compile time by depth", "", f"`{command}`: {where}.", ""]
+    lines = ["# Compile time by depth", "", origin(command, record["machine"]), ""]
     for title, (headings, *cells) in tables(record):
-        lines += [f"## {title}", ""]
-        lines += ["| " + " | ".join(row) + " |" for row in (headings, ("---",) * len(headings), *cells)]
-        lines.append("")
+        lines += [f"## {title}", "", *markdown_table(headings, cells), ""]
     (RESULTS / "compile.md").write_text(
         "\n".join([*lines, *(f"- {line}" for line in summary(record))]) + "\n"
     )

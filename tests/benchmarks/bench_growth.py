@@ -26,6 +26,7 @@ import matplotlib
 import torch
 from clock import Device, Row, Timing, take_turns
 from hand_packed import causal_only_model
+from report import markdown_table, origin
 from rich.console import Console
 from step_models import Shape, keep, make_batch, make_model
 
@@ -153,12 +154,12 @@ def write(found: list[Curve], base: Shape, command: str, device: Device, folder:
     lines = [
         "# Growth",
         "",
-        f"`{command}`: {', '.join(f'{key} {value}' for key, value in device.describe().items())}.",
+        origin(command, device.describe()),
         f"Around {base}, half of the labels kept where N is not varied.",
         "",
         f"![Growth](growth_{device.name}.png)",
         "",
-        *("| " + " | ".join(row) + " |" for row in (headings, ("---",) * len(headings), *rows)),
+        *markdown_table(headings, rows),
     ]
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     draw(found, stem.with_suffix(".png"))

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from machine import machine
+from report import markdown_table, origin
 from torch import Tensor
 
 from regate_fx.ops.head_loss import head_loss
@@ -88,7 +89,9 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def measure(N: int, D: int, V: int, device: str, dtype: torch.dtype, repetitions: int) -> list[str]:
+def measure(
+    N: int, D: int, V: int, device: str, dtype: torch.dtype, repetitions: int
+) -> list[tuple[str, ...]]:
     generator = torch.Generator(device).manual_seed(0)
     rows, weight = (torch.randn(n, D, generator=generator, device=device) for n in (N, V))
     inputs = (
@@ -112,16 +115,14 @@ def measure(N: int, D: int, V: int, device: str, dtype: torch.dtype, repetitions
     for _ in range(repetitions):
         for name, run in runs.items():
             times[name].append(seconds(run, device))
-    lines = []
+    measured: list[tuple[str, ...]] = []
     for name in VARIANTS:
         middle = statistics.median(times[name])
         ratio = middle / statistics.median(times["all logits, Inductor"])
-        lines.append(
-            f"| {N:,} x {D:,} x {V:,} | {name} | {middle:.3f} | {ratio:.2f} | {memory[name]:,.0f} | "
-            f"{differences[name]:.0e} |"
-        )
-        print(lines[-1], flush=True)
-    return lines
+        figures = f"{middle:.3f}", f"{ratio:.2f}", f"{memory[name]:,.0f}", f"{differences[name]:.0e}"
+        measured.append((f"{N:,} x {D:,} x {V:,}", name, *figures))
+        print(*measured[-1], sep=" | ", flush=True)
+    return measured
 
 
 def main() -> None:
@@ -138,15 +139,15 @@ def main() -> None:
     lines = [
         "# A head, its losses and their gradients",
         "",
-        f"`python {' '.join(['tests/benchmarks/bench_head_loss.py', *sys.argv[1:]])}`: "
-        f"{', '.join(f'{key} {value}' for key, value in where.items())}.",
+        origin(" ".join(["python tests/benchmarks/bench_head_loss.py", *sys.argv[1:]]), where),
         f"{str(dtype).removeprefix('torch.')}, medians of {args.repetitions} interleaved repetitions.",
         "",
-        "| N x D x V | losses by | seconds | / Inductor | MB | gradients differ by |",
-        "| --- | --- | --- | --- | --- | --- |",
     ]
+    rows: list[tuple[str, ...]] = []
     for V in vocabularies:
-        lines += measure(N, D, V, args.device, dtype, args.repetitions)
+        rows += measure(N, D, V, args.device, dtype, args.repetitions)
+    headings = ("N x D x V", "losses by", "seconds", "/ Inductor", "MB", "gradients differ by")
+    lines += markdown_table(headings, rows)
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / f"head_loss_{args.device}.md").write_text("\n".join(lines) + "\n")
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from machine import machine
+from report import markdown_table, origin
 from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 
@@ -107,13 +108,12 @@ def main() -> None:
     lines = [
         "# Losses of labels from the states before the vocabulary projection",
         "",
-        f"`{command}`: {', '.join(f'{key} {value}' for key, value in machine().items())}.",
+        origin(command, machine()),
         f"{args.labels} labels, hidden size {args.hidden}, float32, no gradients, best of {args.repetitions}; memory "
         "is the most that the process held beyond weights and states.",
         "",
-        "| vocabulary | losses by | seconds of CPU time | MB | largest difference |",
-        "| --- | --- | --- | --- | --- |",
     ]
+    rows: list[tuple[str, ...]] = []
     for vocabulary in VOCABULARIES:
         generator = torch.Generator().manual_seed(0)
         states = torch.randn(args.labels, args.hidden, generator=generator)
@@ -122,11 +122,15 @@ def main() -> None:
         expected = all_at_once(states, weight, labels)
         for name, losses in VARIANTS.items():
             cost = measured(losses, (states, weight, labels), expected, args.repetitions)
-            lines.append(
-                f"| {vocabulary:,} | {name} | {cost['seconds']:.3f} | {cost['megabytes']:.0f} | {cost['error']:.0e} |"
-            )
-            print(lines[-1], flush=True)
-    lines += ["", "Liger and cut-cross-entropy need CUDA and Triton and were not measured."]
+            figures = f"{cost['seconds']:.3f}", f"{cost['megabytes']:.0f}", f"{cost['error']:.0e}"
+            rows.append((f"{vocabulary:,}", name, *figures))
+            print(*rows[-1], sep=" | ", flush=True)
+    headings = ("vocabulary", "losses by", "seconds of CPU time", "MB", "largest difference")
+    lines += [
+        *markdown_table(headings, rows),
+        "",
+        "Liger and cut-cross-entropy need CUDA and Triton and were not measured.",
+    ]
     (RESULTS / "label_losses.md").write_text("\n".join(lines) + "\n")
 
 

@@ -24,6 +24,7 @@ from unittest import mock
 
 import torch
 from machine import machine
+from report import markdown_table, origin
 from rich.console import Console
 from rich.progress import track
 from torch import nn
@@ -126,24 +127,23 @@ def main() -> None:
     share = sum(seconds[part] for part in SELECTING) / seconds["step"]
     everything = sum(seconds[part] for part in PARTS) / seconds["step"]
     command = f"python tests/benchmarks/bench_runtime_share.py --steps {args.steps} --threads {args.threads}"
-    where = ", ".join(f"{key} {value}" for key, value in machine().items())
+    rows = [("a step: forward, backward, optimizer", f"{1e3 * seconds['step']:.1f}", "1")]
+    rows += [
+        (what, f"{1e3 * seconds[part]:.2f}", f"{seconds[part] / seconds['step']:.2%}")
+        for part, what in PARTS.items()
+    ]
     lines = [
         "# The runtime's share of a step",
         "",
-        f"`{command}`: {where}. Medians of {args.steps} sparse steps of the main job, batches of {BATCH}.",
+        origin(command, machine()),
+        f"Medians of {args.steps} sparse steps of the main job, batches of {BATCH}.",
         "",
-        "| part | ms | / step |",
-        "| --- | --- | --- |",
-        f"| a step: forward, backward, optimizer | {1e3 * seconds['step']:.1f} | 1 |",
-        *(
-            f"| {what} | {1e3 * seconds[part]:.2f} | {seconds[part] / seconds['step']:.2%} |"
-            for part, what in PARTS.items()
-        ),
+        *markdown_table(("part", "ms", "/ step"), rows),
         "",
         f"- look-up, selection and observation / step: {share:.2%} (goal: at most {GOAL:.0%})",
         f"- with counting, where no worker process does it: {everything:.2%}",
     ]
-    console.print("\n".join(lines[4:]))
+    console.print("\n".join(lines[5:]))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "runtime_share.md").write_text("\n".join(lines) + "\n")
     record = {

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from clock import Device
+from report import markdown_table, origin
 from rich.console import Console
 from step_models import Shape, keep, make_batch, make_model
 from torch._dynamo.utils import counters
@@ -94,14 +95,13 @@ def main() -> None:
         return
     rows = measure(args.depths, args.device, Console())
     depths = " ".join(map(str, args.depths))
-    where = Device(args.device).describe()
+    command = f"python tests/benchmarks/bench_start.py --device {args.device} --depths {depths}"
     lines = [
         "# The first step of a process",
         "",
-        f"`python tests/benchmarks/bench_start.py --device {args.device} --depths {depths}`: "
-        f"{', '.join(f'{key} {value}' for key, value in where.items())}.",
+        origin(command, Device(args.device).describe()),
         "",
-        *("| " + " | ".join(row) + " |" for row in (HEADINGS, ("---",) * len(HEADINGS), *rows)),
+        *markdown_table(HEADINGS, rows),
     ]
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / f"start_{args.device}.md").write_text("\n".join(lines) + "\n")

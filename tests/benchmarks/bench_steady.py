@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from clock import Device
+from report import markdown_table, origin
 from rich.console import Console
 from rich.progress import track
 from step_models import Shape, make_model
@@ -99,19 +100,20 @@ def main() -> None:
     waits = "none that torch's sync debug mode sees" if args.device == "cuda" else "not to be seen on a CPU"
     where = device.describe()
     command = f"python tests/benchmarks/bench_steady.py --device {args.device} --steps {args.steps}"
+    rows = [
+        ("different B x S", f"{len(shapes)}"),
+        ("traces in the warm-up", f"{traces}"),
+        ("traces after it (goal: 0)", f"{new['traces']}"),
+        ("graphs compiled by Dynamo after it (goal: 0)", f"{new['graphs']}"),
+        ("waits for the device after it (goal: 0)", waits),
+        ("ms per step", f"{1e3 * seconds / args.steps:.1f}"),
+    ]
     lines = [
         "# A steady run",
         "",
-        f"`{command}`: {', '.join(f'{key} {value}' for key, value in where.items())}.",
+        origin(command, where),
         "",
-        f"| {args.steps} steps after {args.warm_up} to warm up | |",
-        "| --- | --- |",
-        f"| different B x S | {len(shapes)} |",
-        f"| traces in the warm-up | {traces} |",
-        f"| traces after it (goal: 0) | {new['traces']} |",
-        f"| graphs compiled by Dynamo after it (goal: 0) | {new['graphs']} |",
-        f"| waits for the device after it (goal: 0) | {waits} |",
-        f"| ms per step | {1e3 * seconds / args.steps:.1f} |",
+        *markdown_table((f"{args.steps} steps after {args.warm_up} to warm up", ""), rows),
     ]
     print("\n".join(lines[4:]))
     args.results.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from machine import machine
+from report import markdown_table, origin
 from rich.progress import track
 
 from regate_fx.runtime import ReferenceLosses, SampleLosses
@@ -110,21 +111,30 @@ def main() -> None:
     cost = json.loads(printed)
     command = f"python tests/benchmarks/bench_store.py --samples {args.samples} --labels {args.labels}"
     share = cost["look_up_seconds"] / STEP_SECONDS
+    rows = [
+        ("opening, index checked", f"{cost['open_seconds']:.2f} s (goal: under {GOAL_SECONDS:.0f} s)"),
+        ("memory taken by opening (RssAnon)", f"{cost['open_anonymous_kb'] / 1024:.1f} MB"),
+        (
+            "memory after 1,000 batches, every shard checked and mapped",
+            f"{cost['used_anonymous_kb'] / 1024:.1f} MB",
+        ),
+        (
+            f"look-up of the first batch of {args.rows}, whose shards are checked",
+            f"{cost['first_look_up_seconds']:.2f} s",
+        ),
+        (
+            f"look-up of a batch of {args.rows}, median of the last 500",
+            f"{1e3 * cost['look_up_seconds']:.3f} ms, {share:.2%} of a step of {1e3 * STEP_SECONDS:.1f} ms "
+            f"(goal: under {GOAL_SHARE:.0%})",
+        ),
+    ]
     lines = [
         "# A large store of reference losses",
         "",
-        f"`{command}`: {', '.join(f'{key} {value}' for key, value in machine().items())}. "
+        origin(command, machine()),
         f"{args.samples:,} samples of {args.labels} labels, {size / 1e9:.1f} GB, just written (in the page cache).",
         "",
-        "| | |",
-        "| --- | --- |",
-        f"| opening, index checked | {cost['open_seconds']:.2f} s (goal: under {GOAL_SECONDS:.0f} s) |",
-        f"| memory taken by opening (RssAnon) | {cost['open_anonymous_kb'] / 1024:.1f} MB |",
-        f"| memory after 1,000 batches, every shard checked and mapped | {cost['used_anonymous_kb'] / 1024:.1f} MB |",
-        f"| look-up of the first batch of {args.rows}, whose shards are checked | "
-        f"{cost['first_look_up_seconds']:.2f} s |",
-        f"| look-up of a batch of {args.rows}, median of the last 500 | {1e3 * cost['look_up_seconds']:.3f} ms, "
-        f"{share:.2%} of a step of {1e3 * STEP_SECONDS:.1f} ms (goal: under {GOAL_SHARE:.0%}) |",
+        *markdown_table(("", ""), rows),
     ]
     print("\n".join(lines))
     RESULTS.mkdir(exist_ok=True)

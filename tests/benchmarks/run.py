@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from report import markdown_table, origin
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PROGRAMS = ("bench_step.py", "bench_growth.py", "bench_steady.py", "bench_start.py", "bench_head_loss.py")
@@ -55,20 +57,18 @@ def gather(device: str) -> list[str]:
     sources = {f"step_{device}": step_goals, f"steady_{device}": steady_goals}
     if device == "cpu":
         sources |= {"compile": compile_goals, "runtime_share": share_goals}
-    rows = [HEADINGS, ("---",) * len(HEADINGS)]
+    rows: list[tuple[str, ...]] = []
     commands = []
     for stem, goals in sources.items():
         path = RESULTS / f"{stem}.json"
         if not path.exists():
             continue
         record = json.loads(path.read_text())
-        commands.append(
-            f"- `{record['command']}`: {', '.join(f'{k} {v}' for k, v in record['machine'].items())}"
-        )
+        commands.append(f"- {origin(record['command'], record['machine'])}")
         for what, where, bound, measured in goals(record):
             met = "met" if measured <= bound else "**not met**"
             rows.append((what, where, f"{bound:.3g}", f"{measured:.3f}", met))
-    return ["# Goals", "", *commands, "", *("| " + " | ".join(row) + " |" for row in rows)]
+    return ["# Goals", "", *commands, "", *markdown_table(HEADINGS, rows)]
 
 
 def main() -> None:

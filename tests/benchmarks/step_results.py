@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 from clock import PARTS, Device, Timing
+from report import markdown_table, origin
 from rich import box
 from rich.table import Table as ScreenTable
 from step_models import Shape
@@ -125,12 +126,11 @@ class Table:
         return table
 
     def lines(self) -> list[str]:
-        cells = [HEADINGS, ("---",) * len(HEADINGS), *self.cells()]
         traces = "one trace" if self.traces == 1 else f"{self.traces} traces"
         return [
             f"## {self.title}",
             "",
-            *("| " + " | ".join(row) + " |" for row in cells),
+            *markdown_table(HEADINGS, self.cells()),
             "",
             f"All gated rows: {traces}.",
             "",
@@ -161,7 +161,7 @@ def write(tables: list[Table], command: str, device: Device, repetitions: int, f
     lines = [
         "# One training step",
         "",
-        f"`{command}`: {', '.join(f'{key} {value}' for key, value in device.describe().items())}.",
+        origin(command, device.describe()),
         "",
         f"Medians of {repetitions} interleaved repetitions, AdamW. */ dense*: over the dense row without a mask, where "
         "there is one. *realised*: the time of forward and backward that is saved over the FLOPs saved. *peak*: model, "

@@ -25,7 +25,7 @@ from regate_fx.outputs import GatedOutput
 from regate_fx.passes.base import Refused
 from regate_fx.passes.pipeline import PIPELINE, REFERENCE, PipelineRun
 from regate_fx.plan import TokenPlan
-from regate_fx.refusals import NOT_WHOLE, as_refusal, finds_nothing, too_many_traces
+from regate_fx.refusals import NOT_WHOLE, as_refusal, finds_nothing, of_backend, too_many_traces
 from regate_fx.sharded import Sharding
 from regate_fx.summary import fuller, summarise
 from regate_fx.symbols import mark_sizes
@@ -214,7 +214,7 @@ class CapturedModel:
                     wants_logits,
                 )
             except BackendCompilerFailed as error:
-                raise error.inner_exception from error
+                raise of_backend(self.options.backend, error.inner_exception) from error
             except FailOnRecompileLimitHit as error:
                 raise too_many_traces() from error
             except RuntimeError as error:

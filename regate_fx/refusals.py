@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch._dynamo.exc import InternalTorchDynamoError, UserError
 from torch._dynamo.exc import Unsupported as DynamoUnsupported
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
 from regate_fx.dynamo_settings import TRACE_LIMIT
-from regate_fx.errors import LayerRefusal, NotGateable, Unsupported
+from regate_fx.errors import LayerRefusal, NotGateable, RegateError, Unsupported
 
 # What Dynamo raises when the capture needs a size to be a constant that was declared to vary.
 _STATIC_SIZES = (UserError, ConstraintViolationError)
@@ -23,6 +24,19 @@ def too_many_traces() -> Unsupported:
         "something beside batch size and sequence length changes from call to call.",
         "TORCH_LOGS=recompiles names it.",
     )
+
+
+def of_backend(backend: object, error: Exception) -> Exception:
+    """What is to be raised where a backend raised an error as it compiled a graph."""
+    if isinstance(error, (RegateError, torch.OutOfMemoryError, *NOT_WHOLE)):
+        return error
+    name = repr(backend) if isinstance(backend, str) else "the backend"
+    first = str(error).partition("\n")[0]
+    reason = (
+        f"{name} fails to compile the graph ({type(error).__name__}: {first}); see whether it compiles the model "
+        "without regate_fx, or name another backend: 'aot_eager' generates no code"
+    )
+    return NotGateable([LayerRefusal(None, "backend", reason)])
 
 
 def as_refusal(error: Exception) -> Exception:

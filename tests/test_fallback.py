@@ -6,10 +6,13 @@ Shapes: B samples, S positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from small_models import build
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -99,3 +102,34 @@ def test_without_strict_false_the_model_is_refused() -> None:
 def test_a_gate_cannot_learn_from_a_fallback() -> None:
     with pytest.raises(InvalidInput, match=r"strict: is False together with a gate.*explain"):
         regate_fx.compile(Convolutional(), gate=object(), strict=False)
+
+
+def _failing(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+    raise TypeError("cannot generate code for this")
+
+
+def test_a_backend_that_fails_is_named() -> None:
+    with pytest.raises(
+        NotGateable, match=r"fails to compile the graph.*cannot generate code for this"
+    ) as caught:
+        regate_fx.compile(build("llama"), backend=_failing)(**batch())
+    assert [refusal.code for refusal in caught.value.refusals] == ["backend"]
+    assert "'aot_eager' generates no code" in str(caught.value)
+    assert isinstance(caught.value.__cause__, BackendCompilerFailed)
+
+
+def test_where_a_backend_fails_the_untouched_model_trains() -> None:
+    model = build("llama")
+    inputs = batch()
+    expected = model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
+    gated = regate_fx.compile(model, backend=_failing, strict=False)
+    assert torch.equal(gated(**inputs).loss, expected)
+    assert gated.report.fallback
+
+
+def test_no_memory_is_left_for_the_trainer_to_see() -> None:
+    def short(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        regate_fx.compile(build("llama"), backend=short)(**batch())

@@ -102,8 +102,10 @@ class GatingBackend:
         if bounds and self.sharding is not None:
             reason = "the model clamps a parameter as it runs, which here is a stand-in for a sharded one"
             raise NotGateable([LayerRefusal(None, "sharded-write", reason)])
-        with own_cache_entries():
-            compiled = self._compile(run, example_inputs)
+        compiled: Compiled = _refused
+        if not (self.whole and _gates_nothing(run)):
+            with own_cache_entries():
+                compiled = self._compile(run, example_inputs)
         reference = functools.cache(lambda: _dense_reference(normalised))
         ran = self.captures.ran
 
@@ -204,6 +206,10 @@ class GatingBackend:
 
 def _refused(*args: Any) -> Any:
     raise Captured
+
+
+def _gates_nothing(run: PipelineRun) -> bool:
+    return all(layer.refused is not None for layer in run.context.findings["layers"].layers)
 
 
 def _size_from_data(gm: fx.GraphModule) -> fx.Node | None:

@@ -87,9 +87,15 @@ def find_pictures(model: nn.Module, count: int) -> Pictures:
     raise NoPictures(f"{type(last).__name__}: {last}".partition("\n")[0])
 
 
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What a model takes by name; adapters around it hand on whatever they are given."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inspect.signature(inner.forward).parameters
+
+
 def _candidates(model: nn.Module, count: int) -> Iterator[dict[str, Tensor]]:
     features = _feature_function(model)
-    named = {**inspect.signature(model.forward).parameters}
+    named = {**_parameters(model)}
     named |= {} if features is None else inspect.signature(features).parameters
     for vision in _vision_configs(model.config):
         for inputs in _pixels(named, vision, count):
@@ -208,7 +214,7 @@ def picture_batch(
     if not _has_encoder(model):
         return batch
     text = text_batch(generator, _count(pictures), 7, padding, share)
-    if "decoder_attention_mask" not in inspect.signature(model.forward).parameters:
+    if "decoder_attention_mask" not in _parameters(model):
         text = replace(text, attention_mask=None)
     return DecoderBatch(**vars(text), encoder=batch.model_inputs())
 
@@ -216,7 +222,7 @@ def picture_batch(
 def _has_encoder(model: nn.Module) -> bool:
     """Whether the model's text is written by a decoder that reads what an encoder made."""
     configs = (model.config, getattr(model.config, "text_config", None))
-    takes = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    takes = "decoder_input_ids" in _parameters(model)
     return takes and any(getattr(config, "is_encoder_decoder", False) for config in configs)
 
 
@@ -236,7 +242,7 @@ def _picture_batch(
     mask = torch.rand(B, S, generator=generator) < share
     unlabelled = torch.rand(B, S, generator=generator) < 0.2
     mask[0, int(real[0].nonzero()[-2])] = True
-    named = inspect.signature(model.forward).parameters
+    named = _parameters(model)
     types = {name: visual.long() for name in ("mm_token_type_ids", "token_type_ids") if name in named}
     return PictureBatch(
         input_ids=ids,

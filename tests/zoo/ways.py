@@ -162,7 +162,10 @@ def packed(built: Built) -> Prepared:
     prepared = _prepared(built, _applicable(built, batches, "position_ids"))
     _, batch = next(batches(torch.Generator().manual_seed(1)))
     assert isinstance(batch, UserMaskBatch)
-    by_position, by_mask = (_run(built.model, given) for given in (batch, replace(batch, shown=True)))
+    try:
+        by_position, by_mask = (_run(built.model, given) for given in (batch, replace(batch, shown=True)))
+    except Exception as error:
+        raise NotApplicable(_first_line(error)) from error
     if not torch.allclose(by_position, by_mask, rtol=1e-3, atol=1e-3):
         raise NotApplicable("it does not tell documents apart by their positions")
     return prepared

@@ -72,10 +72,10 @@ class DecoderStack:
         return self.layers[-1].end if self.layers else None
 
     @property
-    def depth(self) -> int:
-        """How many layers there are, or modules of the list they run through: some lists have one for each mixer."""
+    def modules(self) -> int:
+        """How many modules of one list content runs through: more than layers where each mixer has a module."""
         members = {module for node in self.content if (module := _numbered_module(node)) is not None}
-        return max(len(self.layers), *Counter(map(_list_of, members)).values(), 0)
+        return max(Counter(map(_list_of, members)).values(), default=0)
 
 
 @dataclass(frozen=True)

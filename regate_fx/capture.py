@@ -254,7 +254,7 @@ class CapturedModel:
         stacks = [run.context.findings["layers"] for run in captures.ran]
         if all(layer.refused is not None for stack in stacks for layer in stack.layers):
             raise NotGateable(self._why_nothing_ran())
-        seen = sum(stack.depth for stack in stacks)
+        seen = max(sum(len(stack.layers) for stack in stacks), *(stack.modules for stack in stacks))
         if seen < self._live.depth:
             reason = (
                 f"a graph break among the decoder layers hides {self._live.depth - seen} of "

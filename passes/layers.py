@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -70,12 +69,6 @@ class DecoderStack:
     @property
     def last_stream(self) -> fx.Node | None:
         return self.layers[-1].end if self.layers else None
-
-    @property
-    def modules(self) -> int:
-        """How many modules of one list content runs through: more than layers where each mixer has a module."""
-        members = {module for node in self.content if (module := _numbered_module(node)) is not None}
-        return max(Counter(map(_list_of, members)).values(), default=0)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,13 +49,14 @@ class Captured(BaseException):
 class Captures:
     """The graphs of one model as Dynamo handed them over: rewritten ones, and refusals of the others.
 
-    ran: the rewritten graphs that ran since it was last emptied.
+    ran: the rewritten graphs that ran since it was last emptied. losses: scalars that those with a loss gave out.
     """
 
     runs: list[PipelineRun] = field(default_factory=list)
     refusals: list[Refused] = field(default_factory=list)
     graphs: int = 0
     ran: list[PipelineRun] = field(default_factory=list)
+    losses: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -107,17 +108,26 @@ class GatingBackend:
             with own_cache_entries():
                 compiled = self._compile(run, example_inputs)
         reference = functools.cache(lambda: _dense_reference(normalised))
-        ran = self.captures.ran
+        ran, losses = self.captures.ran, self.captures.losses
+        in_parts = not self.whole and run.context.findings["loss"]
 
         def noted(*args: Any) -> Any:
             ran.append(run)
             if self.stops:
                 raise Captured
+            if in_parts and any(value.grad_fn is not None for value in _scalars(args)):
+                reason = (
+                    "a number that another graph computed, of tokens not known, enters the graph of the loss"
+                )
+                raise NotGateable([LayerRefusal(None, "no-loss", reason)])
             for bound in bounds:
                 bound.apply(args)
             if self.sharding is not None and isinstance(compiled, LayerwiseGraph):
                 return self.sharding.run(compiled, args)
-            return (reference() if self.is_referring else compiled)(*args)
+            found = (reference() if self.is_referring else compiled)(*args)
+            if in_parts:
+                losses.extend(_scalars(found))
+            return found
 
         return noted
 
@@ -206,6 +216,10 @@ class GatingBackend:
 
 def _refused(*args: Any) -> Any:
     raise Captured
+
+
+def _scalars(values: Iterable[Any]) -> list[torch.Tensor]:
+    return [value for value in values if isinstance(value, torch.Tensor) and value.dim() == 0]
 
 
 def _gates_nothing(run: PipelineRun) -> bool:

@@ -224,7 +224,13 @@ class CapturedModel:
                 raise NotGateable(self._why_nothing_ran()) from error
             finally:
                 token_loss, counted = self._live.leave()
+                losses = tuple(captures.losses)
+                captures.losses.clear()
         self.check_captures(labelled, captures.refusals[seen[1] :])
+        if labelled and not self._whole and all(loss is not given for given in losses):
+            # What a graph behind that of the loss adds to it would be of all tokens.
+            reason = "another graph computes with the loss before the model returns it"
+            raise NotGateable([LayerRefusal(None, "no-loss", reason)])
         if captures.graphs != seen[0]:
             self.graphs = fuller(captures.runs[seen[2] :], self.graphs)
         self.last = plan, padding
@@ -251,13 +257,12 @@ class CapturedModel:
         refusals = [refusal.refusal() for refusal in refused if refusal.code != "no-attention"]
         if refusals:
             raise NotGateable(refusals)
-        stacks = [run.context.findings["layers"] for run in captures.ran]
-        if all(layer.refused is not None for stack in stacks for layer in stack.layers):
+        layers = [layer for run in captures.ran for layer in run.context.findings["layers"].layers]
+        if all(layer.refused is not None for layer in layers):
             raise NotGateable(self._why_nothing_ran())
-        seen = max(sum(len(stack.layers) for stack in stacks), *(stack.modules for stack in stacks))
-        if seen < self._live.depth:
+        if len(layers) < self._live.depth:
             reason = (
-                f"a graph break among the decoder layers hides {self._live.depth - seen} of "
+                f"a graph break among the decoder layers hides {self._live.depth - len(layers)} of "
                 f"{self._live.depth} from the token plan"
             )
             raise NotGateable([LayerRefusal(None, "graph-break", reason)])

@@ -54,6 +54,9 @@ def _settings(whole: bool) -> tuple[tuple[Any, str, Any], ...]:
         "fail_on_recompile_limit_hit": whole,
         "specialize_float": True,
     }
+    if hasattr(torch._dynamo.config, "nested_graph_breaks"):
+        # A layer that breaks is to be missing from the graph, not to be there by half.
+        dynamo["nested_graph_breaks"] = False
     shapes = (torch.fx.experimental._config, "use_duck_shape", False)
     return (*((torch._dynamo.config, name, value) for name, value in dynamo.items()), shapes)
 

@@ -22,6 +22,7 @@ from regate_fx.options import Options
 from regate_fx.outputs import GatedOutput
 from regate_fx.passes.pipeline import PipelineRun
 from regate_fx.plan import TokenPlan
+from regate_fx.refusals import of_a_backend
 from regate_fx.report import Bucket, Report
 from regate_fx.sharded import find_sharding
 from regate_fx.single_position import lengthen, shorten
@@ -96,7 +97,8 @@ class GatedEngine:
                     self.waiting.tell(f"capturing {type(self.model).__name__}")
                 return self._gated(plan, inputs)
             except NotGateable as error:
-                if self.options.strict:
+                # What was gated once stays so: a backend that fails later must not change what is trained.
+                if self.options.strict or (of_a_backend(error) and self._captured.rows.active):
                     raise
                 self._refusal = error
                 logger.warning(
@@ -211,5 +213,7 @@ class GatedEngine:
         with self._captured.referring():
             try:
                 return self._captured(plan, inputs)
-            except NotGateable:
+            except NotGateable as error:
+                if of_a_backend(error):
+                    raise
                 return None

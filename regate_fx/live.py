@@ -59,7 +59,7 @@ class LivePlan:
 
     @contextlib.contextmanager
     def anchored(self, model: nn.Module, everywhere: bool) -> Iterator[None]:
-        """While active, and if `everywhere`: anchor again where states enter a stack of layers, head or loss."""
+        """While active, and if `everywhere`: anchor again where hidden states enter a stack of layers or the head."""
         if not everywhere:
             yield
             return
@@ -68,7 +68,7 @@ class LivePlan:
             for module, length in _entrances(model)
         ]
         try:
-            with self._decoder_apart(model), self._in_loss(model):
+            with self._decoder_apart(model):
                 yield
         finally:
             for handle in handles:
@@ -93,48 +93,18 @@ class LivePlan:
         finally:
             del decoder.forward
 
-    @contextlib.contextmanager
-    def _in_loss(self, model: nn.Module) -> Iterator[None]:
-        """While active, the loss that transformers lets a model's user set is computed behind an anchor.
-
-        Where the decoder holds the head, the graph behind it begins at the logits.
-        """
-        if not hasattr(type(model), "loss_function"):
-            yield
-            return
-        loss_function, own = model.loss_function, vars(model).get("_loss_function")
-
-        def anchored(*args: Any, **kwargs: Any) -> Any:
-            self._follows(args[0] if args else kwargs.get("logits"))
-            return loss_function(*args, **kwargs)
-
-        model.loss_function = anchored
-        try:
-            yield
-        finally:
-            if own is not None:
-                model.loss_function = own
-            else:
-                del model._loss_function
-
     def _hook(self, length: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states = args[0] if args else kwargs.get("hidden_states")
-            if self._follows(states):
+            row_of = self.plan[1]
+            if not isinstance(states, Tensor) or states.dim() != 3:
+                return
+            # [B, S, D]; comparing the sizes ties their symbols to those of the plan.
+            if states.shape[0] == row_of.shape[0] and states.shape[1] == row_of.shape[1]:
                 self.depth = max(self.depth, length)
+                self.anchor()
 
         return enter
-
-    def _follows(self, states: Any) -> bool:
-        """Anchor if these are states over the positions of the plan: [B, S, D]."""
-        row_of = self.plan[1]
-        if not isinstance(states, Tensor) or states.dim() != 3:
-            return False
-        # Comparing the sizes ties their symbols to those of the plan.
-        if states.shape[0] != row_of.shape[0] or states.shape[1] != row_of.shape[1]:
-            return False
-        self.anchor()
-        return True
 
 
 def _entrances(model: nn.Module) -> list[tuple[nn.Module, int]]:

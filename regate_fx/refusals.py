@@ -16,6 +16,8 @@ from regate_fx.errors import LayerRefusal, NotGateable, RegateError, Unsupported
 _STATIC_SIZES = (UserError, ConstraintViolationError)
 # The same, and what it raises where one graph was asked for and the code, or an error of its own, does not allow it.
 NOT_WHOLE = (*_STATIC_SIZES, DynamoUnsupported, GuardOnDataDependentSymNode, InternalTorchDynamoError)
+# Says nothing about the model.
+_OF_THE_MACHINE = (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 def too_many_traces() -> Unsupported:
@@ -28,15 +30,19 @@ def too_many_traces() -> Unsupported:
 
 def of_backend(backend: object, error: Exception) -> Exception:
     """What is to be raised where a backend raised an error as it compiled a graph."""
-    if isinstance(error, (RegateError, torch.OutOfMemoryError, *NOT_WHOLE)):
+    if isinstance(error, (RegateError, *_OF_THE_MACHINE, *NOT_WHOLE)):
         return error
     name = repr(backend) if isinstance(backend, str) else "the backend"
-    first = str(error).partition("\n")[0]
+    first = str(error).strip().partition("\n")[0]
     reason = (
         f"{name} fails to compile the graph ({type(error).__name__}: {first}); see whether it compiles the model "
         "without regate_fx, or name another backend: 'aot_eager' generates no code"
     )
     return NotGateable([LayerRefusal(None, "backend", reason)])
+
+
+def of_a_backend(error: NotGateable) -> bool:
+    return any(refusal.code == "backend" for refusal in error.refusals)
 
 
 def as_refusal(error: Exception) -> Exception:

@@ -127,9 +127,29 @@ def test_where_a_backend_fails_the_untouched_model_trains() -> None:
     assert gated.report.fallback
 
 
-def test_no_memory_is_left_for_the_trainer_to_see() -> None:
-    def short(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+def test_a_backend_that_fails_later_does_not_change_what_is_trained() -> None:
+    graphs = 0
 
-    with pytest.raises(torch.OutOfMemoryError):
-        regate_fx.compile(build("llama"), backend=short)(**batch())
+    def second_fails(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return gm if graphs == 1 else _failing(gm, example_inputs)
+
+    gated = regate_fx.compile(build("llama"), backend=second_fails, strict=False, validate=False)
+    inputs = batch()
+    expected = gated(**inputs).loss
+    with pytest.raises(NotGateable, match="fails to compile the graph"):
+        gated(**inputs, position_ids=torch.arange(S)[None].expand(B, S))
+    assert torch.equal(gated(**inputs).loss, expected)
+    assert not gated.report.fallback
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), OSError(28, "No space left on device")]
+)
+def test_what_the_machine_lacks_is_no_refusal(error: Exception) -> None:
+    def short(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        raise error
+
+    with pytest.raises(type(error)):
+        regate_fx.compile(build("llama"), backend=short, strict=False)(**batch())

@@ -14,7 +14,8 @@ from small_models import build
 from tiers import tiers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaPreTrainedModel
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import regate_fx
 from regate_fx.errors import NotGateable
@@ -47,74 +48,40 @@ def test_a_break_around_the_decoder_does_no_harm(place: str) -> None:
     assert report.gated == 2
 
 
-class Attends(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.mixer = layer.input_layernorm, layer.self_attn
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return hidden_states + self.mixer(self.norm(hidden_states), **kwargs)[0]
-
-
-class Feeds(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.mixer = layer.post_attention_layernorm, layer.mlp
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return hidden_states + self.mixer(self.norm(hidden_states))
-
-
-class HeadInside(LlamaPreTrainedModel):
-    """Its decoder is a whole language model, of which it takes the logits, and has a module for each mixer."""
-
-    def __init__(self, breaks: bool) -> None:
-        language_model = build("llama")
-        super().__init__(language_model.config)
-        halves = [half(layer) for layer in language_model.model.layers for half in (Attends, Feeds)]
-        language_model.model.layers = nn.ModuleList(halves)
-        language_model.config.num_hidden_layers = len(halves)
-        self.language_model, self.breaks = language_model, breaks
-
-    def get_decoder(self) -> nn.Module:
-        return self.language_model
-
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        embedded = self.language_model.get_input_embeddings()(input_ids)
-        if self.breaks:
-            torch._dynamo.graph_break()
-        output = self.language_model(inputs_embeds=embedded, **kwargs)
-        if labels is not None:
-            output["loss"] = self.loss_function(output.logits, labels, vocab_size=self.config.vocab_size)
-        return output
-
-
-def test_a_decoder_with_its_head_inside_and_a_module_for_each_mixer() -> None:
-    model = HeadInside(breaks=True)
-    output, found, report = step(model, batch())
-    expected, wanted, _ = step(HeadInside(breaks=False), batch())
-    torch.testing.assert_close(output.loss, expected.loss)
-    torch.testing.assert_close(output.token_loss, expected.token_loss)
-    assert torch.equal(output.counted, expected.counted)
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, wanted[name], msg=name)
-    assert report.gated == 2
-    assert "_loss_function" not in vars(model)
-
-
-def test_calls_behind_a_break_are_not_traced_again() -> None:
-    gated = regate_fx.compile(HeadInside(breaks=True), backend="eager")
-    gated(**batch(seed=1))
-    traces = gated.report.traces
-    gated(**batch(seed=2))
-    assert gated.report.traces == traces
-
-
 def test_a_break_among_the_layers_is_refused() -> None:
     gated = regate_fx.compile(broken("model.layers.1"), backend="eager")
     for _ in range(2):
         with pytest.raises(NotGateable):
             gated(**batch())
+
+
+class Penalised(LlamaForCausalLM):
+    """Adds to its loss a mean over all positions, which it computes in another graph than the loss."""
+
+    first = False
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        states = self.model(input_ids, **kwargs).last_hidden_state
+        penalty = states.pow(2).mean() if self.first else None
+        torch._dynamo.graph_break()
+        logits = self.lm_head(states)
+        loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+        if penalty is None:
+            torch._dynamo.graph_break()
+            penalty = logits.logsumexp(-1).pow(2).mean()
+        return CausalLMOutputWithPast(loss=loss + penalty, logits=logits)
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [(True, "a number that another graph computed"), (False, "another graph computes with the loss")],
+)
+def test_a_loss_of_two_graphs_is_refused(first: bool, reason: str) -> None:
+    model = build("llama")
+    model.__class__ = Penalised
+    model.first = first
+    with pytest.raises(NotGateable, match=reason):
+        regate_fx.compile(model, backend="eager", validate=False)(**batch())
 
 
 def test_layers_that_decide_by_numbers_from_tensors_say_so() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from regate_fx.errors import LayerRefusal, NotGateable, PassFailed
 from regate_fx.inductor import Inductor
 from regate_fx.layerwise import LayerwiseGraph, compile_parts
 from regate_fx.ops.attention_kernels import Preferred
-from regate_fx.passes.base import Pass, PassContext, Refused
+from regate_fx.passes.base import Pass, PassContext, Refused, fake, is_tensor
 from regate_fx.passes.bounds import Bound
 from regate_fx.passes.elide import ElideTokens
 from regate_fx.passes.head_loss import FuseHeadLoss
@@ -34,8 +34,9 @@ from regate_fx.passes.pipeline import (
 )
 from regate_fx.passes.placement import Place
 from regate_fx.passes.plan_nodes import ANCHOR
+from regate_fx.passes.rules import Kind
 from regate_fx.passes.split_layers import split_layers
-from regate_fx.passes.token_axes import check_picked_sizes
+from regate_fx.passes.token_axes import TokenAxes, check_picked_sizes
 from regate_fx.sharded import Sharding
 
 Compiled = Callable[..., Any]
@@ -110,15 +111,14 @@ class GatingBackend:
         reference = functools.cache(lambda: _dense_reference(normalised))
         ran, losses = self.captures.ran, self.captures.losses
         in_parts = not self.whole and run.context.findings["loss"]
+        beside = _beside_loss(run) if in_parts else ()
 
         def noted(*args: Any) -> Any:
             ran.append(run)
             if self.stops:
                 raise Captured
-            if in_parts and any(value.grad_fn is not None for value in _scalars(args)):
-                reason = (
-                    "a number that another graph computed, of tokens not known, enters the graph of the loss"
-                )
+            if any(args[index].grad_fn is not None for index in beside):
+                reason = "what another graph computed, of tokens not known, is added to the loss"
                 raise NotGateable([LayerRefusal(None, "no-loss", reason)])
             for bound in bounds:
                 bound.apply(args)
@@ -126,7 +126,9 @@ class GatingBackend:
                 return self.sharding.run(compiled, args)
             found = (reference() if self.is_referring else compiled)(*args)
             if in_parts:
-                losses.extend(_scalars(found))
+                losses.extend(
+                    value for value in found if isinstance(value, torch.Tensor) and value.dim() == 0
+                )
             return found
 
         return noted
@@ -218,8 +220,26 @@ def _refused(*args: Any) -> Any:
     raise Captured
 
 
-def _scalars(values: Iterable[Any]) -> list[torch.Tensor]:
-    return [value for value in values if isinstance(value, torch.Tensor) and value.dim() == 0]
+def _beside_loss(run: PipelineRun) -> tuple[int, ...]:
+    """Which tensors given to a graph reach a number that it gives out by another way than through token losses.
+
+    Those over positions are left out: what the graph itself sums of them, it sums over active rows.
+    """
+    analysis: TokenAxes = run.context.findings["token_axes"]
+    graph = next(iter(analysis.kinds)).graph
+    todo = [node for node in graph.output_node().all_input_nodes if is_tensor(node) and fake(node).dim() == 0]
+    reached: set[fx.Node] = set()
+    while todo:
+        node = todo.pop()
+        if node not in reached and analysis.kinds.get(node) is not Kind.LOSS:
+            reached.add(node)
+            todo.extend(node.all_input_nodes)
+    given = enumerate(graph.find_nodes(op="placeholder"))
+    return tuple(
+        index
+        for index, node in given
+        if node in reached and is_tensor(node) and not analysis.of(node).sequences
+    )
 
 
 def _gates_nothing(run: PipelineRun) -> bool:

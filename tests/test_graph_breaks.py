@@ -58,28 +58,34 @@ def test_a_break_among_the_layers_is_refused() -> None:
 class Penalised(LlamaForCausalLM):
     """Adds to its loss a mean over all positions, which it computes in another graph than the loss."""
 
-    first = False
+    first = by_sample = False
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
         states = self.model(input_ids, **kwargs).last_hidden_state
-        penalty = states.pow(2).mean() if self.first else None
+        penalty = None
+        if self.first:
+            penalty = states.pow(2).mean((1, 2)) if self.by_sample else states.pow(2).mean()
         torch._dynamo.graph_break()
         logits = self.lm_head(states)
         loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
         if penalty is None:
             torch._dynamo.graph_break()
             penalty = logits.logsumexp(-1).pow(2).mean()
-        return CausalLMOutputWithPast(loss=loss + penalty, logits=logits)
+        return CausalLMOutputWithPast(loss=loss + penalty.sum(), logits=logits)
 
 
 @pytest.mark.parametrize(
-    ("first", "reason"),
-    [(True, "a number that another graph computed"), (False, "another graph computes with the loss")],
+    ("first", "by_sample", "reason"),
+    [
+        (True, False, "another graph computed, of tokens not known, is added to the loss"),
+        (True, True, "another graph computed, of tokens not known, is added to the loss"),
+        (False, False, "another graph computes with the loss"),
+    ],
 )
-def test_a_loss_of_two_graphs_is_refused(first: bool, reason: str) -> None:
+def test_a_loss_of_two_graphs_is_refused(first: bool, by_sample: bool, reason: str) -> None:
     model = build("llama")
     model.__class__ = Penalised
-    model.first = first
+    model.first, model.by_sample = first, by_sample
     with pytest.raises(NotGateable, match=reason):
         regate_fx.compile(model, backend="eager", validate=False)(**batch())
 

@@ -18,6 +18,7 @@ from regate_fx.errors import LayerRefusal, NotGateable, PassFailed
 from regate_fx.inductor import Inductor
 from regate_fx.layerwise import LayerwiseGraph, compile_parts
 from regate_fx.ops.attention_kernels import Preferred
+from regate_fx.passes.axes import Axes
 from regate_fx.passes.base import Pass, PassContext, Refused, fake, is_tensor
 from regate_fx.passes.bounds import Bound
 from regate_fx.passes.elide import ElideTokens
@@ -34,7 +35,7 @@ from regate_fx.passes.pipeline import (
 )
 from regate_fx.passes.placement import Place
 from regate_fx.passes.plan_nodes import ANCHOR
-from regate_fx.passes.rules import Kind
+from regate_fx.passes.rules import Kind, Result
 from regate_fx.passes.split_layers import split_layers
 from regate_fx.passes.token_axes import TokenAxes, check_picked_sizes
 from regate_fx.sharded import Sharding
@@ -234,12 +235,16 @@ def _beside_loss(run: PipelineRun) -> tuple[int, ...]:
         if node not in reached and analysis.kinds.get(node) is not Kind.LOSS:
             reached.add(node)
             todo.extend(node.all_input_nodes)
-    given = enumerate(graph.find_nodes(op="placeholder"))
-    return tuple(
+    beside = (
         index
-        for index, node in given
-        if node in reached and is_tensor(node) and not analysis.of(node).sequences
+        for index, node in enumerate(graph.find_nodes(op="placeholder"))
+        if node in reached and is_tensor(node) and not _is_over_positions(analysis.axes.get(node))
     )
+    return tuple(beside)
+
+
+def _is_over_positions(axes: Result | None) -> bool:
+    return isinstance(axes, Axes) and axes.sequences > 0
 
 
 def _gates_nothing(run: PipelineRun) -> bool:

@@ -234,7 +234,8 @@ def _kept(op: Operands, name: str, axes: Axes, found: HiddenKeys) -> Constants:
     source = op.node.args[0]
     assert isinstance(source, fx.Node)
     constants = found.of(source)
-    result = op._axes[source]
+    result = op.known(source)
+    assert result is not None
     before = result[0] if isinstance(result, tuple) else result
     if before.sequences != axes.sequences and _key_dim(before) not in (None, _key_dim(axes)):
         return UNKNOWN  # queries, repeated for every key

@@ -72,7 +72,7 @@ _OR = {"aten.__or__", "aten.bitwise_or", "aten.logical_or"}
 
 
 def _arange(op: Operands, forms: dict[fx.Node, Form]) -> Form:
-    axes = op._axes.get(op.node)
+    axes = op.known(op.node)
     if not _counts(op) or not isinstance(axes, Axes) or axes.meaning is not Meaning.ARANGE:
         return None
     return Index(axes.dims[0][0], -1) if axes.dims[0] in ((Token.B,), (Token.S,)) else None
@@ -166,7 +166,7 @@ def _triangle(upper: bool) -> Callable[[Operands, dict[fx.Node, Form]], Form]:
     """A constant on one side of a diagonal, and zeros on the other."""
 
     def triangle(op: Operands, forms: dict[fx.Node, Form]) -> Form:
-        value, diagonal, axes = constant(op["self"], forms), op["diagonal"], op._axes.get(op["self"])
+        value, diagonal, axes = constant(op["self"], forms), op["diagonal"], op.known(op["self"])
         if value is None or not isinstance(diagonal, int) or not isinstance(axes, Axes):
             return None
         if axes.dims[-2:] != ((Token.S,), (Token.S,)):

@@ -97,6 +97,10 @@ class Operands:
             raise Refused("axis", "a list of tensors is used as one value", self.node)
         return result
 
+    def known(self, node: Any) -> Result | None:
+        """The axes of a node of the graph, None where they are not known."""
+        return self._axes.get(node)
+
     def result_of(self, operand: str) -> Result:
         return self._axes[self._arguments[operand]]
 

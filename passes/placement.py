@@ -157,11 +157,13 @@ class _Placer:
             self.placement.no_kernel[attention.nodes[0]] = strange, found.node
             return
         mask = True if found.proof.explicit else None
-        reason = self._why_not_one_operator(found.result, found.query, found.value, found.proof, mask, 0.0)
+        reason = self._why_not_one_operator(
+            found.result, found.query, found.value, found.proof, mask, 0.0, found.softcap
+        )
         if reason is not None:
             self.placement.no_kernel[attention.nodes[0]] = reason, found.result
             return
-        for node in attention.nodes:
+        for node in (*found.inside, found.result):
             self.placement.written[node] = found
             del self.placement.layouts[node]
         self.placement.layouts[found.result] = Layout.PACKED
@@ -185,7 +187,14 @@ class _Placer:
         return self._why_not_one_operator(node, op["query"], op["value"], proof, mask, op["dropout_p"])
 
     def _why_not_one_operator(
-        self, node: fx.Node, query: fx.Node, value: fx.Node, proof: MaskProof, mask: object, dropout: float
+        self,
+        node: fx.Node,
+        query: fx.Node,
+        value: fx.Node,
+        proof: MaskProof,
+        mask: object,
+        dropout: float,
+        softcap: float = 0.0,
     ) -> str | None:
         queries, values = fake(query), fake(value)
         if self.placement.prefer == "model":
@@ -198,7 +207,7 @@ class _Placer:
         dtype = autocast_dtype(node, queries.device.type) or queries.dtype
         return supported(
             queries.device.type, dtype, proof.causal, proof.window, mask, dropout, queries.shape[-1],
-            values.shape[-1],
+            values.shape[-1], softcap,
         )  # fmt: skip
 
     def _is_packable(self, node: fx.Node) -> bool:

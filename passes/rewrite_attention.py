@@ -49,10 +49,12 @@ def varlen(
     proof: MaskProof,
     mask: fx.Node | None,
     scale: float,
-    dropout: float,
-    seed: fx.Node | None,
+    dropout: float = 0.0,
+    seed: fx.Node | None = None,
+    softcap: float = 0.0,
+    sinks: fx.Node | None = None,
 ) -> fx.Node:
-    """Attention among packed rows of queries, keys and values, each [1, H, N, d]."""
+    """Attention among packed rows of queries, keys and values, each [1, H, N, d]. sinks: [H]."""
     indices = rewriter.layouts.indices
     query, key, value = qkv
     if scale <= 0.0:
@@ -62,6 +64,7 @@ def varlen(
         torch.ops.regate_fx.varlen_attention.default,
         query, key, value, indices.cu_seqlens, indices.slots, indices.positions,
         mask, proof.causal, proof.window, scale, dropout, seed, rewriter.placement.prefer,
+        softcap, sinks,
     )  # fmt: skip
     return rewriter.emit.call(operator.getitem, both, 0)
 

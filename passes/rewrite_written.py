@@ -32,9 +32,20 @@ def emit_written(rewriter: Rewriter, written: WrittenAttention) -> fx.Node:
     query, key, value = (as_autocast(rewriter, written.result, operand) for operand in operands)
     proof = written.proof
     mask = one_mask(rewriter, written.masks) if proof.explicit else None
-    result = varlen(rewriter, (query, key, value), proof, mask, written.scale, 0.0, None)
+    sinks = _sinks(rewriter, written.sinks, fake(query).shape[1])
+    result = varlen(
+        rewriter, (query, key, value), proof, mask, written.scale, softcap=written.softcap, sinks=sinks
+    )
     merged = len(fake(written.result).shape) == 3
     return emit.call(aten.squeeze.dim, result, 0) if merged else result
+
+
+def _sinks(rewriter: Rewriter, node: fx.Node | None, heads: int) -> fx.Node | None:
+    """Sinks [1, 1 or H, 1, 1] as [H]."""
+    if node is None:
+        return None
+    flat = rewriter.emit.call(aten.reshape.default, rewriter.value(node, Layout.DENSE), [-1])
+    return rewriter.emit.call(aten.expand.default, flat, [heads])
 
 
 def _by_head(rewriter: Rewriter, node: fx.Node) -> fx.Node:

@@ -1,8 +1,8 @@
 """Turn a softmax over keys and one more column, a learned sink, into one over the keys alone.
 
 A sink takes its share of every query's attention and has no value: models join it to the scores as one more column and
-cut it off behind the softmax. No analysis of axes follows an axis of keys that is one too long; the same weights are
-`exp(scores) / (sum(exp(scores)) + exp(sink))`.
+cut it off behind the softmax, or scale what attention gives by the share that is left. No analysis of axes follows an
+axis of keys that is one too long; the same weights are `exp(scores) / (sum(exp(scores)) + exp(sink))`.
 
 Shapes: B samples, H heads, S positions.
 """
@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from regate_fx.passes.base import PassContext, PassResult, fake, fake_mode_of, is_tensor, operator_name
 from regate_fx.passes.emit import Emitter
+from regate_fx.passes.sink_shares import find_share
+from regate_fx.passes.sink_softmax import MAXIMA, is_maximum, write_sink_softmax
 
 aten = torch.ops.aten
-_MAXIMA = {"aten.max", "aten.amax"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class FoldSinks:
     """`softmax(cat([scores, sink], -1), -1)[..., :-1]` becomes an expression of `scores` and `sink`.
 
     scores: [B, H, S, S], sink: [B, H, S, 1]; whatever else looks like it is left alone. Before that, what is subtracted
-    from a softmax's operand only to keep it small is left out: the softmax does so itself.
+    from a softmax's operand only to keep it small is left out: the softmax does so itself. With the same weights,
+    `(softmax(scores) @ value) * sigmoid(logsumexp(scores) - sink)` becomes `weights @ value`.
     """
 
     name: str = "fold_sinks"
@@ -38,7 +39,7 @@ class FoldSinks:
         rewrites = 0
         for node in list(gm.graph.nodes):
             if operator_name(node) in ("aten.softmax", "aten._softmax"):
-                rewrites += _drop_shift(gm, node) + _fold(gm, node)
+                rewrites += _drop_shift(gm, node) + (_fold(gm, node) or _fold_share(gm, node))
         return PassResult(gm, rewrites)
 
 
@@ -48,24 +49,12 @@ def _drop_shift(gm: fx.GraphModule, softmax: fx.Node) -> int:
     if not isinstance(shifted, fx.Node) or shifted.target is not aten.sub.Tensor or len(shifted.args) != 2:
         return 0
     values, largest = shifted.args
-    if shifted.kwargs or not is_tensor(values) or not _is_maximum(largest, values, softmax.args[1]):
+    if shifted.kwargs or not is_tensor(values) or not is_maximum(largest, values, softmax.args[1]):
         return 0
     assert isinstance(values, fx.Node)
     softmax.replace_input_with(shifted, values)
     _erase(gm, shifted)
     return 1
-
-
-def _is_maximum(node: Any, values: Any, dim: Any) -> bool:
-    """Whether a value is the largest of `values` along one dimension, which is kept."""
-    if isinstance(node, fx.Node) and node.target is operator.getitem and node.args[1] == 0:
-        node = node.args[0]
-    if not isinstance(node, fx.Node) or operator_name(node) not in _MAXIMA or len(node.args) < 3:
-        return False
-    source, dims, keeps = node.args[:3]
-    rank = len(fake(values).shape)
-    named = dims if isinstance(dims, (list, tuple)) else [dims]
-    return source is values and bool(keeps) and [place % rank for place in named] == [dim % rank]
 
 
 def _fold(gm: fx.GraphModule, softmax: fx.Node) -> int:
@@ -75,24 +64,28 @@ def _fold(gm: fx.GraphModule, softmax: fx.Node) -> int:
         return 0
     joined, scores, sink = found
     emit = Emitter(gm.graph, fake_mode_of(gm))
-    dtype = fake(softmax).dtype
-    # As a softmax of half precision is, inside.
-    wide = torch.promote_types(dtype, torch.float32)
     with emit.like(softmax), gm.graph.inserting_before(softmax):
-        scores, sink = (_cast(emit, _cast(emit, value, dtype), wide) for value in (scores, sink))
-        largest = emit.call(aten.maximum.default, emit.call(aten.amax.default, scores, [-1], True), sink)
-        largest = emit.call(aten.detach.default, largest)  # it cancels out
-        shifted, of_sink = (emit.call(aten.sub.Tensor, value, largest) for value in (scores, sink))
-        # Never above 0, except where a later pass leaves keys out of the sum: what is computed there must stay finite.
-        powers = emit.call(aten.exp.default, emit.call(aten.clamp.default, shifted, None, 0))
-        total = emit.call(aten.sum.dim_IntList, powers, [-1], True)
-        total = emit.call(aten.add.Tensor, total, emit.call(aten.exp.default, of_sink))
-        weights = _cast(emit, emit.call(aten.div.Tensor, powers, total), dtype)
+        weights = write_sink_softmax(emit, scores, sink, fake(softmax).dtype)
     for cut in cuts:
         cut.replace_all_uses_with(weights)
         gm.graph.erase_node(cut)
     gm.graph.erase_node(softmax)
     _erase(gm, joined)
+    return 1
+
+
+def _fold_share(gm: fx.GraphModule, softmax: fx.Node) -> int:
+    found = find_share(softmax)
+    if found is None:
+        return 0
+    emit = Emitter(gm.graph, fake_mode_of(gm))
+    with emit.like(softmax), gm.graph.inserting_before(softmax):
+        weights = write_sink_softmax(emit, found.scores, found.column(emit), fake(softmax).dtype)
+    softmax.replace_all_uses_with(weights)
+    found.scaled.replace_all_uses_with(found.product)
+    for node in (found.scaled, *found.between, softmax):
+        if not node.users:
+            gm.graph.erase_node(node)
     return 1
 
 
@@ -122,10 +115,6 @@ def _cuts_last(node: fx.Node, of: fx.Node) -> bool:
     return isinstance(dim, int) and dim % rank == rank - 1 and start in (0, None) and end == -1
 
 
-def _cast(emit: Emitter, value: fx.Node, dtype: torch.dtype) -> fx.Node:
-    return value if fake(value).dtype == dtype else emit.call(aten._to_copy.default, value, dtype=dtype)
-
-
 def _erase(gm: fx.GraphModule, node: fx.Node) -> None:
     """A node that nothing reads any more, and what was computed for it alone."""
     if node.users or node.op != "call_function":
@@ -133,5 +122,5 @@ def _erase(gm: fx.GraphModule, node: fx.Node) -> None:
     sources = node.all_input_nodes
     gm.graph.erase_node(node)
     for source in sources:
-        if source.target is operator.getitem or operator_name(source) in _MAXIMA:
+        if source.target is operator.getitem or operator_name(source) in MAXIMA:
             _erase(gm, source)

@@ -1,7 +1,7 @@
 """Recognise attention that a model writes by hand, where one variable-length operator computes the same.
 
-Softmax over scores of queries and keys, scaled by a number, hidden by masks, times values. What has more in it (a cap,
-sinks, biases that are learned, weights that are read) keeps its own operators.
+Softmax over scores of queries and keys, scaled by a number, capped, hidden by masks, beside a sink for each head, times
+values. What has more in it (biases that are learned, weights that are read) keeps its own operators.
 
 Masks are added to the scores, or filled into them (`masked_fill`, `where`). All of them may be proven to show every
 query itself: then what is hidden counts for nothing. Else what they write is written again at the active pairs, and
@@ -30,6 +30,7 @@ from regate_fx.passes.mask_forms import Constant, Form, shown_by
 from regate_fx.passes.masks import MaskProof, proof_of
 from regate_fx.passes.rewrite_attention import autocast_dtype
 from regate_fx.passes.shared_heads import COPIES
+from regate_fx.passes.sink_softmax import read_sink_softmax
 from regate_fx.passes.token_axes import TokenAxes
 from regate_fx.passes.written_masks import Mask, why_not_one
 
@@ -45,10 +46,11 @@ _HIDES = -1e4
 
 @dataclass(frozen=True)
 class WrittenAttention:
-    """`softmax(query @ key * scale, behind masks) @ value`.
+    """`softmax(query @ key * scale, capped, behind masks, beside sinks) @ value`.
 
     query: [B, H, S, d], key: [B, H, d, S], value: [B, H, S, dv]. result: the last product; inside: the operators before
-    it, which nothing else reads. proof: what all masks together let a query see, or that they have to be read.
+    it, which nothing else reads. proof: what all masks together let a query see, or that they have to be read. softcap:
+    0 where there is none. sinks: [1, 1 or H, 1, 1].
     """
 
     query: fx.Node
@@ -59,6 +61,8 @@ class WrittenAttention:
     inside: tuple[fx.Node, ...]
     proof: MaskProof
     masks: tuple[Mask, ...]
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,16 @@ def written_attention(
 
     varying: what depends on token content or carries gradients, which no mask may.
     """
-    results = [node for node in attention.nodes if any(user not in attention.nodes for user in node.users)]
+    members = dict.fromkeys(attention.nodes)
+    for node in attention.nodes:
+        # Sums over keys are not over pairs any more, and belong to the softmax all the same.
+        if (softmax := read_sink_softmax(node)) is not None and softmax.scores in members:
+            members |= dict.fromkeys(softmax.inside)
+    results = [node for node in members if any(user not in members for user in node.users)]
     other = next((node for node in results if operator_name(node) not in _PRODUCTS), None)
     if other is not None or len(results) != 1:
         return OwnOperators(results[0] if other is None else other)
-    return _Reader(attention.nodes, results[0], analysis, forms, varying).read()
+    return _Reader(tuple(members), results[0], analysis, forms, varying).read()
 
 
 class _Unlike(Exception):
@@ -93,7 +102,7 @@ class _Unlike(Exception):
 class _Reader:
     """Reads an attention from its result back to queries and keys.
 
-    at: the member that is read. scale: the factors so far.
+    at: the member that is read. scale: the factors so far, of a cap those before it.
     keeps_finite: scores are kept from being less than the lowest number.
     """
 
@@ -105,6 +114,8 @@ class _Reader:
     inside: list[fx.Node] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
     scale: float = 1.0
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
     keeps_finite: bool = False
     at: fx.Node = field(init=False)
 
@@ -118,8 +129,7 @@ class _Reader:
     def _read(self) -> WrittenAttention:
         weights, value = self.result.args[:2]
         softmax = self._behind(weights, self._hands_on_weights)
-        _must(operator_name(softmax) in SOFTMAX and _is_last(softmax) and _is_as_wide(softmax))
-        product = self._behind(self._through(softmax), self._hands_on_scores)
+        product = self._behind(self._operand(softmax), self._hands_on_scores)
         _must(operator_name(product) in _PRODUCTS | {"aten.baddbmm"})
         query, key = self._factors(product)
         inside = (*self.inside, product)
@@ -135,7 +145,10 @@ class _Reader:
             )
             self.at = strange or self.at
             _must(strange is None)
-        return WrittenAttention(query, key, value, self.result, self.scale, inside, proof, tuple(self.masks))
+        scale = self.scale * (self.softcap or 1.0)
+        return WrittenAttention(
+            query, key, value, self.result, scale, inside, proof, tuple(self.masks), self.softcap, self.sinks
+        )
 
     def _behind(self, node: Any, passes: Callable[[fx.Node], bool]) -> fx.Node:
         while True:
@@ -145,6 +158,26 @@ class _Reader:
             if not passes(node):
                 return node
             node = self._through(node)
+
+    def _operand(self, softmax: fx.Node) -> Any:
+        """What a softmax over keys takes; notes the sinks."""
+        found = read_sink_softmax(softmax)
+        if found is None:
+            _must(operator_name(softmax) in SOFTMAX and _is_last(softmax) and _rounds_nothing(softmax))
+            return self._through(softmax)
+        self.inside += [softmax, *found.inside]
+        self.sinks = self._sinks(found.sink)
+        return found.scores
+
+    def _sinks(self, sink: fx.Node) -> fx.Node:
+        """The sinks [1, 1 or H, 1, 1] that are expanded to every query."""
+        while operator_name(sink) in _EXPANDS or (operator_name(sink) in _CASTS and _rounds_nothing(sink)):
+            sink = sink.args[0]
+        axes, sizes = self.analysis.of(sink), fake(sink).shape
+        _must(sink not in self.members and not (axes.has_tokens or axes.aggregate or axes.meaning))
+        _must(len(fake(self.result).shape) == len(sizes) == 4 and sizes[0] == sizes[2] == sizes[3] == 1)
+        _must(fake(sink).is_floating_point())
+        return sink
 
     def _through(self, node: fx.Node) -> Any:
         """The member that an operator takes: the only one, or others are missing among those inside."""
@@ -178,7 +211,7 @@ class _Reader:
         if (factor := self._factor(node)) is not None:
             self.scale *= factor
             return True
-        return self._hides(node)
+        return self._caps(node) or self._hides(node)
 
     def _keeps_finite(self, node: fx.Node) -> bool:
         """`max(score, lowest number)`: of a pair that is proven to be hidden as good, of another the same."""
@@ -187,6 +220,14 @@ class _Reader:
         bound = self._number(next((other for other in node.args if other not in self.members), None))
         _must(bound is not None and bound <= torch.finfo(fake(node).dtype).min)
         self.keeps_finite = True
+        return True
+
+    def _caps(self, node: fx.Node) -> bool:
+        """Whether scores are capped: `c * tanh(score / c)`, of which `c` was read as a factor."""
+        if operator_name(node) != "aten.tanh":
+            return False
+        _must(self.softcap == 0.0 and self.scale > 0.0)
+        self.softcap, self.scale = self.scale, 1.0
         return True
 
     def _factor(self, node: fx.Node) -> float | None:
@@ -212,8 +253,8 @@ class _Reader:
             self._fill(node, args[0], args[2] if is_shown else args[1], is_shown)
         else:
             return False
-        # A factor behind a mask would be the mask's, too.
-        _must(self.scale == 1.0)
+        # A factor or a cap behind a mask would be the mask's, too.
+        _must(self.scale == 1.0 and self.softcap == 0.0)
         return True
 
     def _add(self, mask: Any, dtype: torch.dtype) -> None:
@@ -266,7 +307,7 @@ class _Reader:
         beta, alpha = (product.kwargs.get(name, 1) for name in ("beta", "alpha"))
         number = self._finite(alpha)
         if beta != 0 and self.forms.get(added) != Constant(0.0):
-            _must(beta == 1 and self.scale == 1.0)
+            _must(beta == 1 and self.scale == 1.0 and self.softcap == 0.0)
             self._add(added, fake(product).dtype)
         self.scale *= number
         return query, key
@@ -307,9 +348,9 @@ def _heads_of(axes: Axes, node: fx.Node) -> int | None:
     return math.prod(numbers) if all(isinstance(number, int) for number in numbers) else None  # type: ignore[arg-type]
 
 
-def _is_as_wide(softmax: fx.Node) -> bool:
-    """Whether a softmax rounds nothing before it is computed."""
-    before, after = fake(softmax.args[0]).dtype, fake(softmax).dtype
+def _rounds_nothing(node: fx.Node) -> bool:
+    """Whether the dtype that an operator computes in holds all that its operand's does."""
+    before, after = fake(node.args[0]).dtype, fake(node).dtype
     return torch.promote_types(before, after) == after
 
 

@@ -121,7 +121,8 @@ def _sees(attention: Attention, run: PipelineRun) -> str:
     if (written := placement.written.get(node)) is not None:
         proof = written.proof
         origin = "" if proof in (MaskProof(), MaskProof(explicit=True)) else ", proven from its masks"
-        return f"{proof}{origin}{_by(written.result, written.query, written.value, proof, run)}"
+        by = _by(written.result, written.query, written.value, proof, run, written.softcap)
+        return f"{proof}{origin}{by}"
     if not attention.kernel:
         return "as written"
     proof = run.context.findings["masks"][node]
@@ -131,14 +132,16 @@ def _sees(attention: Attention, run: PipelineRun) -> str:
     return f"{proof}{origin}{by}"
 
 
-def _by(node: fx.Node, query: fx.Node, value: fx.Node, proof: MaskProof, run: PipelineRun) -> str:
+def _by(
+    node: fx.Node, query: fx.Node, value: fx.Node, proof: MaskProof, run: PipelineRun, softcap: float = 0.0
+) -> str:
     """Which of several kernels computes it; there is one on the CPU, and none where nothing is computed."""
     queries, widths = fake(query), (fake(query).shape[-1], fake(value).shape[-1])
     if queries.device.type in ("cpu", "meta"):
         return ""
     dtype = autocast_dtype(node, queries.device.type) or queries.dtype
     prefer = run.context.findings["placement"].prefer
-    return f"; {kernel_name(prefer, dtype, proof.window, proof.explicit, *widths)}"
+    return f"; {kernel_name(prefer, dtype, proof.window, proof.explicit, *widths, softcap)}"
 
 
 def _is_compact(attention: Attention, run: PipelineRun) -> bool:

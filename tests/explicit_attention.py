@@ -18,7 +18,7 @@ SCALE = 0.4
 
 @dataclass(frozen=True)
 class Case:
-    """One attention: `lengths` active rows of each sample; `mask` is None, "bool" or "float"."""
+    """One attention: `lengths` active rows of each sample; `mask` is None, "bool" or "float"; `sinks`: with some."""
 
     lengths: tuple[int, ...] = (4, 0, 1, S, 7)
     heads: tuple[int, int] = (4, 2)
@@ -27,6 +27,8 @@ class Case:
     window: int = 0
     mask: str | None = None
     mask_shape: tuple[bool, bool] = (False, False)
+    softcap: float = 0.0
+    sinks: bool = False
 
 
 class Batch:
@@ -53,28 +55,43 @@ class Batch:
             self.mask = torch.randn(shape, generator=generator).to(dtype)
             if case.mask == "bool":
                 self.mask = self.mask > -0.3
+        self.sinks = torch.randn(Hq, generator=generator).to(dtype) if case.sinks else None
+
+    def to(self, device: str) -> Batch:
+        for name in ("grad_out", "cu_seqlens", "positions", "mask", "sinks"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value.to(device))
+        self.qkv = [t.to(device) for t in self.qkv]
+        return self
 
     def leaves(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        return [t.detach().to(dtype or t.dtype).requires_grad_() for t in self.qkv]
+        """q, k, v, and the sinks of a case that has some."""
+        given = self.qkv if self.sinks is None else [*self.qkv, self.sinks]
+        return [t.detach().to(dtype or t.dtype).requires_grad_() for t in given]
 
-    def rest(self, dropout_p: float = 0.0, seed: int | None = None) -> tuple:
+    def arguments(self, leaves: list[Tensor], dropout_p: float = 0.0, seed: int | None = None) -> tuple:
+        """All that the operator takes."""
         case = self.case
+        q, k, v, *sinks = leaves
         seed_tensor = None if seed is None else torch.tensor([seed])
         return (
-            *(self.cu_seqlens, max(case.lengths), self.positions, self.mask),
-            *(case.causal, case.window, SCALE, dropout_p, seed_tensor),
+            *(q, k, v, self.cu_seqlens, max(case.lengths), self.positions, self.mask),
+            *(case.causal, case.window, SCALE, dropout_p, seed_tensor, "auto", case.softcap),
+            sinks[0] if sinks else None,
         )
 
     def op(self, dtype: torch.dtype | None = None, **dropout: float) -> list[Tensor]:
-        """Return out and the gradients of q, k and v."""
+        """Return out and the gradients of the leaves."""
         leaves = self.leaves(dtype)
-        out, _ = varlen_attention(*leaves, *self.rest(**dropout))
+        out, _ = varlen_attention(*self.arguments(leaves, **dropout))
         return [out.detach(), *torch.autograd.grad(out, leaves, self.grad_out.to(out.dtype))]
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Return the scores [Hq, N, N] of all pairs, -inf where the query does not see the key."""
         groups = q.shape[1] // k.shape[1]
         scores = torch.einsum("hid,hjd->hij", q[0], k[0].repeat_interleave(groups, 0)) * SCALE
+        if self.case.softcap:
+            scores = self.case.softcap * torch.tanh(scores / self.case.softcap)
         at, case = self.positions, self.case
         visible = (self.sample[:, None] == self.sample).expand_as(scores).clone()
         if case.causal:
@@ -92,8 +109,11 @@ class Batch:
 
     def explicit(self, dtype: torch.dtype, factors: Tensor | None = None) -> list[Tensor]:
         """What `op` returns, by plain operators in `dtype`; `factors` multiply the weights [Hq, N, N]."""
-        q, k, v = leaves = self.leaves(dtype)
-        weights = self.scores(q, k).softmax(-1).nan_to_num(0.0)
+        q, k, v, *sinks = leaves = self.leaves(dtype)
+        scores = self.scores(q, k)
+        if sinks:
+            scores = torch.cat([scores, sinks[0][:, None, None].expand(-1, scores.shape[1], 1)], -1)
+        weights = scores.softmax(-1).nan_to_num(0.0)[..., : q.shape[2]]
         if factors is not None:
             weights = weights * factors
         out = torch.einsum("hij,hjd->hid", weights, v[0].repeat_interleave(q.shape[1] // v.shape[1], 0))[None]

@@ -26,6 +26,14 @@ MASKS = [
     for per_sample in (False, True)
     for per_head in (False, True)
 ]
+SCORED = [
+    Case(softcap=0.5),
+    Case(sinks=True),
+    Case(sinks=True, window=4, heads=(4, 4)),
+    Case(sinks=True, widths=(8, 5), causal=False, heads=(4, 1)),
+    replace(MASKS[3], sinks=True),
+    replace(MASKS[7], softcap=0.5, sinks=True),
+]
 CASES = [
     Case(),
     Case(causal=False),
@@ -41,6 +49,7 @@ CASES = [
     Case(window=4, causal=False, heads=(3, 3)),
     Case(window=5, widths=(12, 8)),
     *MASKS,
+    *SCORED,
 ]
 
 
@@ -69,19 +78,26 @@ def test_torch_whose_kernel_does_not_group_heads(
         st.tuples(st.just(False), st.just(0), st.sampled_from(["bool", "float"])),
     ),
     mask_shape=st.tuples(st.booleans(), st.booleans()),
+    scoring=st.tuples(st.sampled_from([0.0, 0.7]), st.booleans()),
     seed=st.integers(0, 999),
 )
 @settings(max_examples=80)
-def test_float64_is_exact_for_random_batches(lengths, heads, widths, pairs, mask_shape, seed) -> None:
-    batch = Batch(Case(tuple(lengths), heads, widths, *pairs, mask_shape), torch.float64, seed)
+def test_float64_is_exact_for_random_batches(
+    lengths, heads, widths, pairs, mask_shape, scoring, seed
+) -> None:
+    batch = Batch(Case(tuple(lengths), heads, widths, *pairs, mask_shape, *scoring), torch.float64, seed)
     for ours, exact in zip(batch.op(), batch.explicit(torch.float64), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", [Case(), Case(window=3), Case(widths=(4, 3)), MASKS[3], MASKS[7]], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(), Case(window=3), Case(widths=(4, 3)), MASKS[3], MASKS[7], *SCORED], ids=str
+)
 def test_gradcheck(case: Case) -> None:
     batch = Batch(replace(case, lengths=(3, 0, 5)), torch.float64)
-    assert torch.autograd.gradcheck(lambda *qkv: varlen_attention(*qkv, *batch.rest())[0], batch.leaves())
+    assert torch.autograd.gradcheck(
+        lambda *leaves: varlen_attention(*batch.arguments(leaves))[0], batch.leaves()
+    )
 
 
 @pytest.mark.parametrize("case", [Case(), Case(window=3), MASKS[0]], ids=str)
@@ -109,12 +125,22 @@ def test_float32_mask_beside_narrower_queries(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("value", [-1e4, 1e4])
-def test_masks_far_from_zero(value: float) -> None:
+@pytest.mark.parametrize("sinks", [False, True])
+def test_masks_far_from_zero(value: float, sinks: bool) -> None:
     """They cancel out in the weights, which a backward from rounded logsumexps would not find."""
-    batch = Batch(MASKS[4], torch.float32)
+    batch = Batch(replace(MASKS[4], sinks=sinks), torch.float32)
     batch.mask += value
     found, plain, exact = batch.op(), batch.explicit(torch.float32), batch.explicit(torch.float64)
     assert_as_good_as(found, plain, exact)
+
+
+@pytest.mark.parametrize("number", [torch.finfo(torch.float32).min, float("-inf")])
+def test_query_masked_everywhere_gives_all_to_its_sink(number: float) -> None:
+    batch = Batch(Case(causal=False, mask="float", sinks=True), torch.float32)
+    batch.mask[..., batch.positions[2], :] = number
+    ours, plain = batch.op(), batch.explicit(torch.float32)
+    torch.testing.assert_close(ours, plain)
+    assert ours[0][0, :, 2].count_nonzero() == 0
 
 
 def test_query_masked_everywhere_by_a_finite_number_averages_its_keys() -> None:
@@ -140,11 +166,15 @@ def test_window_is_measured_in_original_positions() -> None:
     assert not torch.equal(batch.op()[0], unlimited[0])
 
 
-def test_logsumexp_is_given_and_has_no_gradient() -> None:
-    batch = Batch(Case(), torch.float64)
+@pytest.mark.parametrize("case", [Case(), Case(sinks=True)], ids=str)
+def test_logsumexp_is_given_and_has_no_gradient(case: Case) -> None:
+    batch = Batch(case, torch.float64)
     leaves = batch.leaves()
-    _, lse = varlen_attention(*leaves, *batch.rest())
-    torch.testing.assert_close(lse, batch.scores(*leaves[:2]).logsumexp(-1).detach())
+    _, lse = varlen_attention(*batch.arguments(leaves))
+    wanted = batch.scores(*leaves[:2]).logsumexp(-1)
+    if case.sinks:
+        wanted = torch.logaddexp(wanted, leaves[3][:, None])
+    torch.testing.assert_close(lse, wanted.detach())
     assert not lse.requires_grad
 
 
@@ -152,13 +182,19 @@ def drawn_factors(batch: Batch, **dropout: float) -> Tensor:
     """Read what dropout multiplied the weights by: with one-hot values the output is the dropped weights."""
     q, k, _ = batch.qkv
     values = torch.eye(q.shape[2], dtype=q.dtype).expand(1, k.shape[1], -1, -1)
-    dropped = varlen_attention(q, k, values, *batch.rest(**dropout))[0][0]
-    weights = batch.scores(q, k).softmax(-1)
+    sinks = [] if batch.sinks is None else [batch.sinks]
+    dropped = varlen_attention(*batch.arguments([q, k, values, *sinks], **dropout))[0][0]
+    scores = batch.scores(q, k)
+    if sinks:
+        scores = torch.cat([scores, sinks[0][:, None, None].expand(-1, q.shape[2], 1)], -1)
+    weights = scores.softmax(-1)[..., : q.shape[2]]
     return torch.where(weights > 0, dropped / weights, 0.0)
 
 
 @pytest.mark.parametrize("scores_at_once", [1 << 22, 40])
-@pytest.mark.parametrize("case", [Case(), Case(window=4), Case(widths=(8, 5)), MASKS[3]], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(), Case(window=4), Case(widths=(8, 5)), MASKS[3], Case(softcap=0.5, sinks=True)], ids=str
+)
 def test_dropout_gradient_is_that_of_the_weights_that_were_drawn(
     case: Case, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +237,8 @@ OPCHECKED = [
     Case(lengths=(0, 0)),
     MASKS[0],
     MASKS[7],
+    SCORED[1],
+    SCORED[-1],
 ]
 
 
@@ -208,24 +246,29 @@ OPCHECKED = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(case: Case, dtype: torch.dtype) -> None:
     batch = Batch(case, dtype)
-    torch.library.opcheck(varlen_attention, (*batch.leaves(), *batch.rest()))
-    torch.library.opcheck(varlen_attention, (*batch.qkv, *batch.rest(dropout_p=0.2, seed=3)))
+    torch.library.opcheck(varlen_attention, batch.arguments(batch.leaves()))
+    plain = [leaf.detach() for leaf in batch.leaves()]
+    torch.library.opcheck(varlen_attention, batch.arguments(plain, dropout_p=0.2, seed=3))
 
 
-@pytest.mark.parametrize("case", [Case(lengths=(0, 3, S)), Case(window=4, widths=(8, 5)), MASKS[7]], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(lengths=(0, 3, S)), Case(window=4, widths=(8, 5)), MASKS[7], SCORED[-1]], ids=str
+)
 @pytest.mark.parametrize("dropout", [{}, {"dropout_p": 0.2, "seed": 3}], ids=["kept", "dropped"])
 def test_opcheck_of_the_backward(case: Case, dropout: dict[str, float]) -> None:
     batch = Batch(case, torch.float32)
-    rest = batch.rest(**dropout)
-    results = varlen_attention(*batch.qkv, *rest)
-    torch.library.opcheck(varlen_attention_backward, (batch.grad_out, *batch.qkv, *results, *rest))
+    arguments = batch.arguments([leaf.detach() for leaf in batch.leaves()], **dropout)
+    results = varlen_attention(*arguments)
+    given = (batch.grad_out, *arguments[:3], *results, *arguments[3:])
+    torch.library.opcheck(varlen_attention_backward, given)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("case", [Case(), MASKS[2]], ids=str)
+@pytest.mark.parametrize("case", [Case(), MASKS[2], SCORED[1]], ids=str)
 def test_compiles_once_for_every_number_of_rows(backend: str, case: Case) -> None:
-    def step(q, k, v, cu_seqlens, slots, positions, mask):
-        limits = (case.causal, case.window, SCALE, 0.0, None)
+    def step(q, k, v, *rest):
+        *sinks, cu_seqlens, slots, positions, mask = rest
+        limits = (case.causal, case.window, SCALE, 0.0, None, "auto", case.softcap, *sinks)
         out, _ = varlen_attention(q * 2, k + 1, v, cu_seqlens, slots.shape[0], positions, mask, *limits)
         return out.transpose(1, 2).flatten(2) * 3
 
@@ -234,7 +277,7 @@ def test_compiles_once_for_every_number_of_rows(backend: str, case: Case) -> Non
     for lengths in ((4, 0, 3), (2, 5), (S, S, S, S), (9, 2, 2, 0, 6)):
         batch = Batch(replace(case, lengths=lengths), torch.float32)
         leaves, slots = batch.leaves(), torch.zeros(max(lengths))
-        for leaf in leaves:
+        for leaf in leaves[:3]:
             torch._dynamo.mark_dynamic(leaf, 2)
         for tensor in (batch.cu_seqlens, slots, batch.positions):
             torch._dynamo.mark_dynamic(tensor, 0)
@@ -252,7 +295,7 @@ def test_compiles_once_for_every_number_of_rows(backend: str, case: Case) -> Non
 def test_a_second_derivative_is_refused() -> None:
     batch = Batch(Case(), torch.float32)
     leaves = batch.leaves()
-    out, _ = varlen_attention(*leaves, *batch.rest())
+    out, _ = varlen_attention(*batch.arguments(leaves))
     (grad,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -261,14 +304,18 @@ def test_a_second_derivative_is_refused() -> None:
 def test_refuses_what_it_cannot_mean() -> None:
     batch = Batch(Case(heads=(4, 3)), torch.float32)
     with pytest.raises(InvalidInput, match="4 query heads"):
-        varlen_attention(*batch.qkv, *batch.rest())
+        batch.op()
+    batch = Batch(Case(sinks=True), torch.float32)
+    batch.sinks = batch.sinks[:3]
+    with pytest.raises(InvalidInput, match=r"sinks.*\[3\].*4 query heads"):
+        batch.op()
     batch = Batch(MASKS[4], torch.float32)
     batch.mask.requires_grad_()
     with pytest.raises(Unsupported, match="mask"):
-        varlen_attention(*batch.leaves(), *batch.rest())
+        batch.op()
     batch = Batch(replace(MASKS[0], causal=True), torch.float32)
     with pytest.raises(InvalidInput, match="mask"):
-        varlen_attention(*batch.qkv, *batch.rest())
+        batch.op()
     with pytest.raises(InvalidInput, match="seed"):
         Batch(Case(), torch.float32).op(dropout_p=0.1)
 
@@ -309,6 +356,7 @@ def test_supported_says_why_not(device: str, dtype: torch.dtype, change: dict, w
         (torch.bfloat16, {"window": 4}, "FlexAttention"),
         (torch.bfloat16, {"mask": True}, "FlexAttention"),
         (torch.bfloat16, {"d": 192}, "FlexAttention"),
+        (torch.bfloat16, {"softcap": 50.0}, "FlexAttention"),
     ],
 )
 def test_names_the_cuda_kernel(
@@ -330,6 +378,10 @@ def test_names_the_cuda_kernel(
         ("auto", False, {}, "torch"),
         ("flex", False, {}, "flex"),
         ("torch", True, {"window": 4}, "flex"),
+        ("auto", True, {"softcap": 50.0}, "flash_attn"),
+        ("torch", True, {"softcap": 50.0}, "flash_attn"),
+        ("torch", False, {"softcap": 50.0}, "flex"),
+        ("flex", True, {"softcap": 50.0}, "flex"),
         ("flash_attn", True, {"dtype": torch.float32}, "flex"),
         ("auto", True, {"dtype": torch.float64}, None),
     ],
@@ -360,13 +412,11 @@ def test_repeats_keys_for_a_kernel_that_knows_no_groups(
 @pytest.mark.cuda
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
-def test_cuda_is_as_exact_as_cpu(causal: bool, heads: tuple[int, int]) -> None:
-    batch = Batch(Case(causal=causal, heads=heads, widths=(64, 64)), torch.bfloat16)
+@pytest.mark.parametrize("scoring", [{}, {"sinks": True}, {"softcap": 0.5}], ids=str)
+def test_cuda_is_as_exact_as_cpu(causal: bool, heads: tuple[int, int], scoring: dict) -> None:
+    batch = Batch(Case(causal=causal, heads=heads, widths=(64, 64), **scoring), torch.bfloat16)
     on_cpu, golden = batch.op(), batch.explicit(torch.float64)
-    batch.qkv = [t.cuda() for t in batch.qkv]
-    batch.grad_out, batch.cu_seqlens = batch.grad_out.cuda(), batch.cu_seqlens.cuda()
-    batch.positions = batch.positions.cuda()
-    assert_as_good_as([t.cpu() for t in batch.op()], on_cpu, golden)
+    assert_as_good_as([t.cpu() for t in batch.to("cuda").op()], on_cpu, golden)
 
 
 @pytest.mark.cuda
@@ -374,8 +424,4 @@ def test_cuda_is_as_exact_as_cpu(causal: bool, heads: tuple[int, int]) -> None:
 def test_flex_on_cuda_is_as_exact_as_the_plain_computation(case: Case) -> None:
     batch = Batch(replace(case, widths=tuple(4 * width for width in case.widths)), torch.float32)
     plain, golden = batch.explicit(torch.float32), batch.explicit(torch.float64)
-    batch.qkv = [t.cuda() for t in batch.qkv]
-    batch.grad_out, batch.cu_seqlens = batch.grad_out.cuda(), batch.cu_seqlens.cuda()
-    batch.positions = batch.positions.cuda()
-    batch.mask = None if batch.mask is None else batch.mask.cuda()
-    assert_as_good_as([t.cpu() for t in batch.op()], plain, golden)
+    assert_as_good_as([t.cpu() for t in batch.to("cuda").op()], plain, golden)

@@ -26,7 +26,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import regate_fx
 from regate_fx.ops import attention_cpu, attention_flex
 from regate_fx.ops.attention_flex import BLOCK
-from regate_fx.ops.visibility import Visibility
+from regate_fx.ops.visibility import Scoring, Visibility, grad_of_sinks
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +36,16 @@ def _trains_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_flex(batch: Batch) -> list[Tensor]:
-    """out and the gradients of q, k and v."""
+    """out and the gradients of q, k, v and sinks."""
     case = batch.case
-    sees = Visibility(batch.positions, batch.mask, case.causal, case.window)
-    out, _ = attention_flex.forward(*batch.qkv, batch.cu_seqlens, sees, SCALE)
-    return [out, *attention_flex.backward(batch.grad_out, *batch.qkv, batch.cu_seqlens, sees, SCALE)]
+    given = (
+        batch.cu_seqlens,
+        Visibility(batch.positions, batch.mask, case.causal, case.window),
+        Scoring(SCALE, case.softcap, batch.sinks),
+    )
+    out, lse = attention_flex.forward(*batch.qkv, *given)
+    found = [out, *attention_flex.backward(batch.grad_out, *batch.qkv, *given)]
+    return found if batch.sinks is None else [*found, grad_of_sinks(batch.grad_out, out, lse, batch.sinks)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -48,7 +53,7 @@ def test_is_as_exact_as_the_plain_computation(case: Case) -> None:
     batch = Batch(case, torch.float32)
     found = by_flex(batch)
     assert_as_good_as(found, batch.explicit(torch.float32), batch.explicit(torch.float64))
-    assert all(x.transpose(1, 2).is_contiguous() for x in found)
+    assert all(x.transpose(1, 2).is_contiguous() for x in found[:4])
 
 
 @st.composite
@@ -106,7 +111,9 @@ def listed(counts: Tensor, indices: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "case", [Case(window=4), Case(causal=False, mask="bool"), Case(widths=(8, 16))], ids=str
+    "case",
+    [Case(window=4), Case(causal=False, mask="bool"), Case(widths=(8, 16)), Case(softcap=0.5, sinks=True)],
+    ids=str,
 )
 def test_one_trace_serves_all_batches(case: Case) -> None:
     """Compiled as on a device; what it is compiled to is not tried here."""
@@ -115,10 +122,12 @@ def test_one_trace_serves_all_batches(case: Case) -> None:
     counts = []
     for lengths in ((200, 0, 1, 130), (50, 90), (300, 2, 2)):
         batch = long_batch(case, lengths)
-        given = (batch.cu_seqlens, batch.positions, batch.mask, case.causal, case.window, SCALE)
         leaves = batch.leaves()
-        found = compiled(*leaves, *given)
-        wanted = attention_flex.attend(*leaves, *given)
+        sinks = leaves[3] if case.sinks else None
+        sees = (batch.positions, batch.mask, case.causal, case.window)
+        given = (*leaves[:3], batch.cu_seqlens, *sees, SCALE, str(case.softcap), sinks)
+        found, _ = compiled(*given)
+        wanted, _ = attention_flex.attend(*given)
         torch.testing.assert_close(found, wanted)
         torch.testing.assert_close(
             torch.autograd.grad(found.square().sum(), leaves),
@@ -149,15 +158,17 @@ STEPS = [
 def test_a_gated_step(case: tuple[str, str], generator: torch.Generator, monkeypatch: Any) -> None:
     name, way = case
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, sees: Visibility, scale: float, *_: Any) -> Any:
-        out, lse = attention_flex.forward(q, k, v, cu, sees, scale)
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, cu: Tensor, sees: Visibility, scoring: Scoring, *_: Any
+    ) -> Any:
+        out, lse = attention_flex.forward(q, k, v, cu, sees, scoring)
         return out, lse.t().contiguous().t()  # as the kernel leaves it on the CPU
 
     def backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu: Tensor, sees: Visibility,
-        scale: float, *_: Any,
+        scoring: Scoring, *_: Any,
     ) -> Any:  # fmt: skip
-        return attention_flex.backward(grad, q, k, v, cu, sees, scale)
+        return attention_flex.backward(grad, q, k, v, cu, sees, scoring)
 
     monkeypatch.setattr(attention_cpu, "forward", forward)
     monkeypatch.setattr(attention_cpu, "backward", backward)

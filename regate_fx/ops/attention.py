@@ -15,18 +15,20 @@ from torch.autograd.function import once_differentiable
 from regate_fx.errors import InvalidInput, Unsupported
 from regate_fx.ops import attention_cpu, attention_cuda, attention_flex
 from regate_fx.ops.attention_kernels import Preferred, choose_kernel, supported
-from regate_fx.ops.visibility import Visibility
+from regate_fx.ops.visibility import Scoring, Visibility, grad_of_sinks
 
 __all__ = ["supported", "varlen_attention", "varlen_attention_backward"]
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, Tensor positions, Tensor? mask, "
-    "bool causal, int window, float scale, float dropout_p, Tensor? seed, str prefer='auto') -> (Tensor, Tensor)"
+    "bool causal, int window, float scale, float dropout_p, Tensor? seed, str prefer='auto', float softcap=0.0, "
+    "Tensor? sinks=None) -> (Tensor, Tensor)"
 )
 _BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
     "SymInt max_seqlen, Tensor positions, Tensor? mask, bool causal, int window, float scale, "
-    "float dropout_p, Tensor? seed, str prefer='auto') -> (Tensor, Tensor, Tensor)"
+    "float dropout_p, Tensor? seed, str prefer='auto', float softcap=0.0, Tensor? sinks=None) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -52,17 +54,19 @@ window:     W > 0: a query sees keys at original positions after `query - W` onl
 dropout_p:  probability that an attention weight is dropped, the others growing by 1 / (1 - p); `seed`,
             int64 [1], decides which, so that equal arguments give equal results in a recomputation.
 prefer:     the CUDA kernel that computes it where it can: "flash_attn", "torch", "flex" or "auto".
+softcap:    c > 0: a score s becomes `c * tanh(s / c)`, before a mask is added; 0: it stays.
+sinks:      None, or floating [Hq]: the score of one more key that every query sees, and that has no value.
 
 Returns out [1, Hq, N, dv], whose transpose(1, 2) is contiguous, and lse [Hq, N], the logsumexp of each
-query's scores: float32, float64 for float64 queries. lse serves the backward only and has no gradient; zeros
-where FlexAttention computes, which does without.
-A query that sees no key gets zeros. Differentiable once, in q, k and v. Raises `InvalidInput` for heads
+query's scores, its sink included: float32, float64 for float64 queries. lse serves the backward only and has no
+gradient; zeros where FlexAttention computes without sinks, which does without.
+A query that sees no key gets zeros. Differentiable once, in q, k, v and sinks. Raises `InvalidInput` for heads
 that do not divide, a mask beside causal or window, and dropout without a seed; `Unsupported` for a mask
 that requires grad and for what `supported` names.
 """
 
 varlen_attention_backward = torch.ops.regate_fx.varlen_attention_backward.default
-"""Return the gradients of q, k and v, each with a contiguous transpose(1, 2).
+"""Return the gradients of q, k and v, each with a contiguous transpose(1, 2). That of sinks is read from out and lse.
 
 grad_out [1, Hq, N, dv]; out and lse as `varlen_attention` returned them, the rest as it took them.
 """
@@ -83,14 +87,20 @@ def _forward_cpu(
     dropout_p: float,
     seed: Tensor | None,
     prefer: Preferred = "auto",
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if q.shape[1] % k.shape[1]:
         problem = f"{q.shape[1]} query heads do not divide among {k.shape[1]} key heads."
         raise InvalidInput("q", problem, "Use a multiple of the key heads.")
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        problem = f"has shape {list(sinks.shape)}, and there are {q.shape[1]} query heads."
+        raise InvalidInput("sinks", problem, "Give one sink for each query head.")
     if mask is not None and (causal or window):
         raise InvalidInput("mask", "was given beside causal or window.", "Put them into the mask.")
     sees = Visibility(positions, mask, causal, window)
-    return attention_cpu.forward(q, k, v, cu_seqlens, sees, scale, dropout_p, _seed(dropout_p, seed))
+    scoring = Scoring(scale, softcap, sinks)
+    return attention_cpu.forward(q, k, v, cu_seqlens, sees, scoring, dropout_p, _seed(dropout_p, seed))
 
 
 @torch.library.impl("regate_fx::varlen_attention_backward", "cpu")
@@ -111,10 +121,13 @@ def _backward_cpu(
     dropout_p: float,
     seed: Tensor | None,
     prefer: Preferred = "auto",
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sees = Visibility(positions, mask, causal, window)
+    scoring = Scoring(scale, softcap, sinks)
     return attention_cpu.backward(
-        grad_out, q, k, v, out, lse, cu_seqlens, sees, scale, dropout_p, _seed(dropout_p, seed)
+        grad_out, q, k, v, out, lse, cu_seqlens, sees, scoring, dropout_p, _seed(dropout_p, seed)
     )
 
 
@@ -141,14 +154,18 @@ def _forward_cuda(
     dropout_p: float,
     seed: Tensor | None,
     prefer: Preferred = "auto",
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    reason = supported(q.device.type, q.dtype, causal, window, mask, dropout_p, q.shape[-1], v.shape[-1])
+    widths = q.shape[-1], v.shape[-1]
+    reason = supported(q.device.type, q.dtype, causal, window, mask, dropout_p, *widths, softcap)
     if reason:
         raise Unsupported("this attention", f"{reason}.", "Ask regate_fx.ops.attention.supported beforehand.")
-    kernel = choose_kernel(prefer, q.dtype, window, mask, q.shape[-1], v.shape[-1])
+    scoring = Scoring(scale, softcap, sinks)
+    kernel = choose_kernel(prefer, q.dtype, window, mask, *widths, softcap)
     if kernel == "flash_attn" or kernel == "torch":
-        return attention_cuda.forward(kernel, q, k, v, cu_seqlens, max_seqlen, causal, scale)
-    return attention_flex.forward(q, k, v, cu_seqlens, Visibility(positions, mask, causal, window), scale)
+        return attention_cuda.forward(kernel, q, k, v, cu_seqlens, max_seqlen, causal, scoring)
+    return attention_flex.forward(q, k, v, cu_seqlens, Visibility(positions, mask, causal, window), scoring)
 
 
 @torch.library.impl("regate_fx::varlen_attention_backward", "cuda")
@@ -169,14 +186,17 @@ def _backward_cuda(
     dropout_p: float,
     seed: Tensor | None,
     prefer: Preferred = "auto",
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = choose_kernel(prefer, q.dtype, window, mask, q.shape[-1], v.shape[-1])
+    scoring = Scoring(scale, softcap, sinks)
+    kernel = choose_kernel(prefer, q.dtype, window, mask, q.shape[-1], v.shape[-1], softcap)
     if kernel == "flash_attn" or kernel == "torch":
         return attention_cuda.backward(
-            kernel, grad_out, q, k, v, out, lse, cu_seqlens, max_seqlen, causal, scale
+            kernel, grad_out, q, k, v, out, lse, cu_seqlens, max_seqlen, causal, scoring
         )
     sees = Visibility(positions, mask, causal, window)
-    return attention_flex.backward(grad_out, q, k, v, cu_seqlens, sees, scale)
+    return attention_flex.backward(grad_out, q, k, v, cu_seqlens, sees, scoring)
 
 
 def _packed(like: Tensor, width: Any) -> Tensor:
@@ -203,25 +223,28 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, max_seqlen, positions, mask, *rest, seed, prefer = inputs
+    q, k, v, cu_seqlens, max_seqlen, positions, mask, *rest, seed, prefer, softcap, sinks = inputs
     if mask is not None and mask.requires_grad:
         raise Unsupported(
-            "a gradient of the attention mask", "the operator differentiates q, k and v.", "Detach the mask."
+            "a gradient of the attention mask", "the operator has none for it.", "Detach the mask."
         )
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, positions, mask, seed)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, positions, mask, seed, sinks)
     ctx.max_seqlen = max_seqlen
-    ctx.rest, ctx.prefer = rest, prefer
+    ctx.rest, ctx.prefer, ctx.softcap = rest, prefer, softcap
 
 
 @once_differentiable
 def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, cu_seqlens, positions, mask, seed = ctx.saved_tensors
+    q, k, v, out, lse, cu_seqlens, positions, mask, seed, sinks = ctx.saved_tensors
     grads = varlen_attention_backward(
-        grad_out, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, positions, mask, *ctx.rest, seed, ctx.prefer
-    )
-    return (*grads, *(None,) * 10)
+        grad_out, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, positions, mask, *ctx.rest, seed, ctx.prefer,
+        ctx.softcap, sinks,
+    )  # fmt: skip
+    wants_sinks = sinks is not None and ctx.needs_input_grad[-1]
+    of_sinks = grad_of_sinks(grad_out, out, lse, sinks) if wants_sinks else None
+    return (*grads, *(None,) * 11, of_sinks)
 
 
 torch.library.register_autograd("regate_fx::varlen_attention", _autograd, setup_context=_setup_context)

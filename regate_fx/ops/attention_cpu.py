@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regate_fx.ops import attention_explicit, attention_flash_cpu
-from regate_fx.ops.visibility import Visibility
+from regate_fx.ops.visibility import Scoring, Visibility, with_sinks
 
 # A query to whose every key a mask adds a large finite number has a logsumexp so far from 0 that the backward
 # of flash attention, which rebuilds the weights from it, loses them to rounding. Real scores stay within this.
@@ -51,7 +51,7 @@ def forward(
     v: Tensor,
     cu_seqlens: Tensor,
     sees: Visibility,
-    scale: float,
+    scoring: Scoring,
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
@@ -59,19 +59,20 @@ def forward(
     dv = v.shape[-1]
     width = max(q.shape[-1], dv)
     q, k, v = _to_width(q, width), _to_width(k, width), _to_width(v, width)
-    draws = attention_explicit.Dropout(dropout_p, seed) if dropout_p > 0 else None
+    draws = _draws(scoring, dropout_p, seed)
     single = draws is not None or attention_flash_cpu.must_split(q.shape[1], k.shape[1])
     outs, lses = [], []
     for block in _blocks(cu_seqlens, sees, q.dtype, single):
         qkv, bias = (block.of(q), block.of(k), block.of(v)), block.bias
         if draws is None:
-            out, lse = attention_flash_cpu.forward(*qkv, bias, sees.causal, scale)
+            out, lse = attention_flash_cpu.forward(*qkv, bias, sees.causal, scoring.scale)
         else:
-            out, lse = attention_explicit.forward(*qkv, bias, sees.causal, scale, draws)
+            out, lse = attention_explicit.forward(*qkv, bias, sees.causal, scoring, draws)
         outs.append(_pack(out, dv))
         lses.append(lse.transpose(1, 2).flatten(0, 1))
     rows = _join(lses) if lses else q.new_empty(0, q.shape[1], dtype=_wide(q))
-    return _by_head(outs, q, dv), rows.t()
+    out, lse = _by_head(outs, q, dv), rows.t()
+    return (out, lse) if draws is not None else with_sinks(out, lse, scoring.sinks)
 
 
 def backward(
@@ -83,7 +84,7 @@ def backward(
     lse: Tensor,
     cu_seqlens: Tensor,
     sees: Visibility,
-    scale: float,
+    scoring: Scoring,
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +92,7 @@ def backward(
     d, dv = q.shape[-1], v.shape[-1]
     grad_out, q, k, v, out = (_to_width(t, max(d, dv)) for t in (grad_out, q, k, v, out))
     lse_rows = lse.unsqueeze(0).unsqueeze(3)
-    draws = attention_explicit.Dropout(dropout_p, seed) if dropout_p > 0 else None
+    draws = _draws(scoring, dropout_p, seed)
     single = draws is not None or attention_flash_cpu.must_split(q.shape[1], k.shape[1])
     grads: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for block in _blocks(cu_seqlens, sees, q.dtype, single):
@@ -99,13 +100,20 @@ def backward(
         block_lse = block.of(lse_rows).squeeze(3)
         if draws is None and not (sees.mask is not None and bool((block_lse.abs() > _LSE_LIMIT).any())):
             found = block.of(out), block_lse
-            parts = attention_flash_cpu.backward(*given, *found, bias, sees.causal, scale)
+            parts = attention_flash_cpu.backward(*given, *found, bias, sees.causal, scoring.scale)
         else:
             again = draws or attention_explicit.Dropout(0.0, seed)
-            parts = attention_explicit.backward(*given, bias, sees.causal, scale, again)
+            parts = attention_explicit.backward(*given, bias, sees.causal, scoring, again)
         for packed, part, width in zip(grads, parts, (d, d, dv), strict=True):
             packed.append(_pack(part, width))
     return _by_head(grads[0], q, d), _by_head(grads[1], k, d), _by_head(grads[2], v, dv)
+
+
+def _draws(scoring: Scoring, dropout_p: float, seed: int) -> attention_explicit.Dropout | None:
+    """What an explicit softmax drops; None where flash attention computes."""
+    if dropout_p == 0 and scoring.softcap == 0:
+        return None
+    return attention_explicit.Dropout(dropout_p, seed)
 
 
 def _blocks(cu_seqlens: Tensor, sees: Visibility, dtype: torch.dtype, single: bool) -> Iterator[Block]:

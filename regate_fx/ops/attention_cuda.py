@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regate_fx.ops.attention_kernels import Kernel, repeats_keys, torch_version
+from regate_fx.ops.visibility import Scoring, with_sinks
 
 
 def forward(
@@ -19,9 +20,12 @@ def forward(
     cu_seqlens: Tensor,
     max_seqlen: int,
     causal: bool,
-    scale: float,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor]:
-    """Return out [1, Hq, N, d] with a contiguous transpose(1, 2) and lse float32 [Hq, N]."""
+    """Return out [1, Hq, N, d] with a contiguous transpose(1, 2) and lse float32 [Hq, N].
+
+    Scores are capped by flash_attn only.
+    """
     if q.shape[2] == 0:
         return torch.empty_like(q), q.new_empty(q.shape[1], 0, dtype=torch.float32)
     rows_q, rows_k, rows_v = _rows(q), _repeated(_rows(k), q, kernel), _repeated(_rows(v), q, kernel)
@@ -37,12 +41,13 @@ def forward(
             max_seqlen_q=max_seqlen,
             max_seqlen_k=max_seqlen,
             dropout_p=0.0,
-            softmax_scale=scale,
+            softmax_scale=scoring.scale,
             causal=causal,
+            softcap=scoring.softcap,
         )
     else:
-        out, lse = _torch_forward(rows_q, rows_k, rows_v, cu_seqlens, max_seqlen, causal, scale)
-    return _heads(out), lse.contiguous()
+        out, lse = _torch_forward(rows_q, rows_k, rows_v, cu_seqlens, max_seqlen, causal, scoring.scale)
+    return with_sinks(_heads(out), lse.contiguous(), scoring.sinks)
 
 
 def backward(
@@ -56,7 +61,7 @@ def backward(
     cu_seqlens: Tensor,
     max_seqlen: int,
     causal: bool,
-    scale: float,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, each [1, H, N, d] with a contiguous transpose(1, 2)."""
     if q.shape[2] == 0:
@@ -76,16 +81,16 @@ def backward(
             max_seqlen_q=max_seqlen,
             max_seqlen_k=max_seqlen,
             dropout_p=0.0,
-            softmax_scale=scale,
+            softmax_scale=scoring.scale,
             causal=causal,
             window_size_left=-1,
             window_size_right=-1,
-            softcap=0.0,
+            softcap=scoring.softcap,
             alibi_slopes=None,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
     else:
-        grads = _torch_backward(*rows, lse, cu_seqlens, max_seqlen, causal, scale)
+        grads = _torch_backward(*rows, lse, cu_seqlens, max_seqlen, causal, scoring.scale)
     return _heads(grads[0]), _heads(_summed(grads[1], k)), _heads(_summed(grads[2], v))
 
 

@@ -1,4 +1,4 @@
-"""Variable-length attention by FlexAttention: windows and masks in original positions, any dtype, any head widths.
+"""Variable-length attention by FlexAttention: windows and masks in original positions, caps, any dtype and head widths.
 
 A kernel compiled for what an attention sees, over the blocks of rows that see each other at all. The backward computes
 the forward again: this operator keeps no graph.
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from regate_fx.ops.visibility import Visibility
+from regate_fx.ops.visibility import Scoring, Visibility, with_sinks
 
 BLOCK = 128
 # Larger than any position, so that rows of all samples are in order by `sample * _SPAN + position`.
@@ -33,22 +33,23 @@ class Range(NamedTuple):
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sees: Visibility, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sees: Visibility, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
-    """Return out [1, Hq, N, dv] and, for lse, zeros [Hq, N]: the backward does without."""
+    """Return out [1, Hq, N, dv] and lse [Hq, N], zeros where there are no sinks: the backward does without."""
     with torch.no_grad(), _outside():
-        out = _kernel(q, k, v, sees)(q, k, v, cu_seqlens, *sees, scale)
-    lse = q.new_zeros(q.shape[1], q.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
+        out, lse = _kernel(q, k, v, sees, scoring)(q, k, v, cu_seqlens, *sees, *_constant(scoring))
+    if lse is None:
+        lse = q.new_zeros(q.shape[1], q.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
     return _packed(out), lse
 
 
 def backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sees: Visibility, scale: float
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sees: Visibility, scoring: Scoring
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, each [1, H, N, w] with a contiguous transpose(1, 2)."""
     leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
     with torch.enable_grad(), _outside():
-        out = _kernel(q, k, v, sees)(*leaves, cu_seqlens, *sees, scale)
+        out, _ = _kernel(q, k, v, sees, scoring)(*leaves, cu_seqlens, *sees, *_constant(scoring))
     grads = torch.autograd.grad(out, leaves, grad_out)
     return _packed(grads[0]), _packed(grads[1]), _packed(grads[2])
 
@@ -63,17 +64,25 @@ def attend(
     causal: bool,
     window: int,
     scale: float,
-) -> Tensor:
-    """out [1, Hq, N, dv]; the arguments are those of `regate_fx::varlen_attention`."""
+    softcap: str,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """out [1, Hq, N, dv] and, beside sinks, lse [Hq, N].
+
+    The arguments are those of `regate_fx::varlen_attention`, but for the cap, which is text: of a number, Dynamo would
+    make a variable, which FlexAttention does not take.
+    """
     rows = torch.arange(q.shape[2], device=q.device)
     samples = torch.bucketize(rows, cu_seqlens[1:].long(), right=True)
     seen = visible_rows(rows, samples, cu_seqlens.long(), positions, causal, window)
-    allows, adds = _mods(samples, positions, mask, causal, window)
+    allows, scores = _mods(samples, positions, mask, causal, window, float(softcap))
     blocks = blocks_of(seen, whole=mask is None, allows=allows)
     grouped = q.shape[1] != k.shape[1]
-    found = flex_attention(q, k, v, score_mod=adds, block_mask=blocks, scale=scale, enable_gqa=grouped)
-    assert isinstance(found, Tensor)
-    return found
+    out, aux = flex_attention(
+        q, k, v, score_mod=scores, block_mask=blocks, scale=scale, enable_gqa=grouped,
+        return_aux=AuxRequest(lse=sinks is not None),
+    )  # fmt: skip
+    return (out, None) if aux.lse is None else with_sinks(out, aux.lse[0], sinks)
 
 
 def visible_rows(
@@ -119,9 +128,10 @@ def blocks_of(seen: Range, whole: bool, allows: Callable[..., Tensor]) -> BlockM
 
 
 def _mods(
-    samples: Tensor, positions: Tensor, mask: Tensor | None, causal: bool, window: int
+    samples: Tensor, positions: Tensor, mask: Tensor | None, causal: bool, window: int, softcap: float
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor] | None]:
-    """What may be seen by (batch, head, query, key), and what is added to a score."""
+    """What may be seen by (batch, head, query, key), and what becomes of a score."""
+    is_added = mask is not None and mask.dtype is not torch.bool
 
     def entry(head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         assert mask is not None
@@ -137,10 +147,16 @@ def _mods(
             seen = seen & (positions[j] > positions[i] - window)
         return seen & entry(head, i, j) if mask is not None and mask.dtype is torch.bool else seen
 
-    def adds(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score + entry(head, i, j)
+    def scores(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if softcap:
+            score = softcap * torch.tanh(score / softcap)
+        return score + entry(head, i, j) if is_added else score
 
-    return allows, adds if mask is not None and mask.dtype is not torch.bool else None
+    return allows, scores if softcap or is_added else None
+
+
+def _constant(scoring: Scoring) -> tuple[float, str, Tensor | None]:
+    return scoring.scale, str(scoring.softcap), scoring.sinks
 
 
 # As they are outside of any operator.
@@ -152,14 +168,17 @@ def _outside() -> Any:
     return torch._C._ForceDispatchKeyGuard(*_KEYS)
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, sees: Visibility) -> Callable[..., Tensor]:
+def _kernel(
+    q: Tensor, k: Tensor, v: Tensor, sees: Visibility, scoring: Scoring
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
     mask = None if sees.mask is None else (sees.mask.dtype, sees.mask.shape[0] > 1, sees.mask.shape[1] > 1)
     heads = q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]
-    return _compiled(q.device, q.dtype, heads, sees.causal, sees.window, mask)
+    sinks = None if scoring.sinks is None else scoring.sinks.dtype
+    return _compiled(q.device, q.dtype, heads, sees.causal, sees.window, mask, scoring.softcap, sinks)
 
 
 @cache
-def _compiled(*facts: object) -> Callable[..., Tensor]:
+def _compiled(*facts: object) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """`attend` for one kind of attention, with code of its own: Dynamo limits the graphs of a code object, and past the
     limit would compute all pairs of rows, without a word."""
     own = types.FunctionType(attend.__code__.replace(), attend.__globals__, attend.__name__)

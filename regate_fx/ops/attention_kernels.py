@@ -26,18 +26,21 @@ _WORDS: dict[Kernel, str] = {
 
 
 def choose_kernel(
-    prefer: Preferred, dtype: torch.dtype, window: int, mask: object, d: int, dv: int
+    prefer: Preferred, dtype: torch.dtype, window: int, mask: object, d: int, dv: int, softcap: float = 0.0
 ) -> Kernel | None:
     """Which CUDA kernel computes an attention, the preferred one if it can; None where none can.
 
     Packed rows are closer together than the positions they came from: a flash kernel's own window, which counts rows,
-    would reach too far back.
+    would reach too far back. torch's knows of no cap.
     """
     is_plain = window == 0 and (mask is None or mask is False)
     by_flash = is_plain and dtype in _FLASH_DTYPES and d == dv and d <= 256 and d % 8 == 0
     by_flex = _why_not_flex(dtype, d, dv) is None
     if by_flash and not (by_flex and prefer == "flex"):
-        return "flash_attn" if flash_attn_installed() and prefer != "torch" else "torch"
+        if flash_attn_installed() and (prefer != "torch" or softcap):
+            return "flash_attn"
+        if not softcap:
+            return "torch"
     return "flex" if by_flex else None
 
 
@@ -55,6 +58,7 @@ def supported(
     dropout_p: float,
     d: int,
     dv: int,
+    softcap: float = 0.0,
     capability: tuple[int, int] | None = None,
 ) -> str | None:
     """Return None when `regate_fx::varlen_attention` computes this exactly, else one sentence saying why not.
@@ -69,7 +73,7 @@ def supported(
         return f"there is no variable-length attention kernel for device type {device_type!r}"
     if dropout_p:
         return "the CUDA kernels draw dropout from the device's global generator, not from a given seed"
-    if choose_kernel("auto", dtype, window, mask, d, dv) is None:
+    if choose_kernel("auto", dtype, window, mask, d, dv, softcap) is None:
         return _why_not_flex(dtype, d, dv)
     return _capability_reason(capability)
 
@@ -82,9 +86,11 @@ def _why_not_flex(dtype: torch.dtype, d: int, dv: int) -> str | None:
     return None
 
 
-def kernel_name(prefer: Preferred, dtype: torch.dtype, window: int, mask: object, d: int, dv: int) -> str:
+def kernel_name(
+    prefer: Preferred, dtype: torch.dtype, window: int, mask: object, d: int, dv: int, softcap: float = 0.0
+) -> str:
     """What computes an attention on CUDA that `supported` lets pass, in words."""
-    kernel = choose_kernel(prefer, dtype, window, mask, d, dv)
+    kernel = choose_kernel(prefer, dtype, window, mask, d, dv, softcap)
     assert kernel is not None
     return _WORDS[kernel]
 

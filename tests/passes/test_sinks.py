@@ -122,4 +122,4 @@ def test_a_decoder_with_sinks_is_gated() -> None:
     assert_all_active_is_eager(gated, model, batch())
     assert_is_key_masked(gated, model, inputs, mask)
     assert_elided_ids_do_not_matter(gated, inputs, mask)
-    assert [layer.kind for layer in gated.report.layers] == ["compact", "compact"]
+    assert [layer.kind for layer in gated.report.layers] == ["varlen", "varlen"]

@@ -156,6 +156,40 @@ def whole_factor(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Ten
     return hide(q @ k.mT * torch.full((), 2.7).long(), seen).softmax(-1) @ v
 
 
+def capped(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    scores = torch.tanh(q @ k.mT * 0.7 / 1.5) * 1.5
+    return hide(scores, seen).softmax(-1) @ v
+
+
+def squashed(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    return hide(torch.tanh(q @ k.mT), seen).softmax(-1) @ v
+
+
+def beside_sinks(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    scores = hide(q @ k.mT, seen)
+    sinks = b.scale[:H].view(1, H, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
+
+
+def capped_beside_one_sink(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    scores = hide(0.9 * torch.tanh(q @ k.mT), seen)
+    both = torch.cat([scores, b.scale[:1].view(1, 1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
+    return (both - both.amax(-1, keepdim=True)).softmax(-1)[..., :-1] @ v
+
+
+def summed_with_sinks(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    scores, sinks = hide(q @ k.mT, seen), b.scale[:H].view(1, H, 1, 1)
+    largest = torch.maximum(scores.amax(-1, keepdim=True), sinks)
+    powers = (scores - largest).exp()
+    return powers / (powers.sum(-1, keepdim=True) + (sinks - largest).exp()) @ v
+
+
+def scaled_by_what_sinks_leave(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    scores = hide(q @ k.mT, seen)
+    left = (scores.logsumexp(-1) - b.scale[:H].view(1, H, 1)).sigmoid()
+    return scores.softmax(-1) @ v * left.unsqueeze(-1)
+
+
 ONE_OPERATOR = [
     (added, "causal, proven from its masks"),
     (filled, "causal, proven from its masks"),
@@ -178,6 +212,12 @@ ONE_OPERATOR = [
     (lifted, "mask read at active pairs"),
     (in_double, "causal, proven from its masks"),
     (by_distance, "mask read at active pairs"),
+    (capped, "causal, proven from its masks"),
+    (squashed, "causal, proven from its masks"),
+    (beside_sinks, "causal, proven from its masks"),
+    (capped_beside_one_sink, "causal, proven from its masks"),
+    (summed_with_sinks, "causal, proven from its masks"),
+    (scaled_by_what_sinks_leave, "causal, proven from its masks"),
 ]
 
 
@@ -206,8 +246,33 @@ def test_unless_the_models_own_are_preferred() -> None:
     ] * 2
 
 
-def capped(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    return hide(torch.tanh(q @ k.mT), seen).softmax(-1) @ v
+def capped_twice(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    return hide(2 * torch.tanh(torch.tanh(q @ k.mT)), seen).softmax(-1) @ v
+
+
+def capped_and_turned(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    return hide(torch.tanh(q @ k.mT) * -2.0, seen).softmax(-1) @ v
+
+
+def capped_with_a_bias(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    index = torch.arange(q.shape[2])
+    return hide(torch.tanh(q @ k.mT + 0.2 * (index - index[:, None])), seen).softmax(-1) @ v
+
+
+def sinks_of_queries(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    return torch.cat([hide(q @ k.mT, seen), q.sum(-1, keepdim=True)], -1).softmax(-1)[..., :-1] @ v
+
+
+def sinks_by_position(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    scores = hide(q @ k.mT, seen)
+    sinks = torch.arange(q.shape[2], dtype=q.dtype).view(1, 1, -1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, 0.1 * sinks], -1).softmax(-1)[..., :-1] @ v
+
+
+def weights_beside_sinks_read_twice(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    scores, sinks = hide(q @ k.mT, seen), b.scale[:H].view(1, H, 1, 1)
+    weights = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
+    return weights @ v * weights.sum(-1, keepdim=True)
 
 
 def read_twice(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
@@ -321,9 +386,10 @@ def of_samples_and_heads(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor
 
 
 OWN_OPERATORS = [
-    capped, read_twice, scaled_behind, learned, by_content, learned_factor, of_samples_and_heads,
-    every_other, two_depths, by_truth, by_number, rounded, cut_off,
-    by_pairs_of_heads, perhaps_learned, rounded_inside,
+    capped_twice, capped_and_turned, capped_with_a_bias, sinks_of_queries, sinks_by_position,
+    weights_beside_sinks_read_twice, read_twice, scaled_behind, learned, by_content, learned_factor,
+    of_samples_and_heads, every_other, two_depths, by_truth, by_number, rounded, cut_off, by_pairs_of_heads,
+    perhaps_learned, rounded_inside,
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 
@@ -25,6 +26,8 @@ settings.register_profile("search", deadline=None, max_examples=100, suppress_he
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 torch.set_num_threads(1)
+# pytest listens to loggers that do not propagate, and Dynamo writes out graphs and stacks where anybody listens.
+logging.getLogger("torch.__trace").propagate = True
 # Its keys are made of symbols, and cost more than it saves where a model has a few layers only: 16 % of a run.
 torch._dynamo.config.fake_tensor_cache_enabled = False
 # Compilers make objects by the million and hardly any garbage; searching them for it takes 15 % of a run. Every test

@@ -61,7 +61,7 @@ def check_elided_ids_change_no_bit(gated: Any, batch: Batch, generator: torch.Ge
     check_no_bit_differs(observe(gated, batch), observe(gated, changed))
 
 
-@pytest.mark.parametrize("name", tiers(REQUIRED, "llama", "gpt2", "gemma2", "bart", "deepseek_v3"))
+@pytest.mark.parametrize("name", tiers(REQUIRED, "llama", "gemma2", "bart"))
 def test_logits(name: str, generator: torch.Generator) -> None:
     model, small = build(name), MODELS[name]
     gated = regate_fx.compile(model, backend="eager")

@@ -154,7 +154,7 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("case", tiers(STEPS, ("mistral", "compiled"), ("deepseek_v3", "plain")))
+@pytest.mark.parametrize("case", tiers(STEPS, ("mistral", "compiled")))
 def test_a_gated_step(case: tuple[str, str], generator: torch.Generator, monkeypatch: Any) -> None:
     name, way = case
 

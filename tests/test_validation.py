@@ -109,7 +109,6 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
         ["llama", "mistral", "gemma2", "bloom", "opt", "bart", "deepseek_v3"],
         "llama",
         "gemma2",
-        "deepseek_v3",
     ),
 )
 def test_the_dense_reference_gives_the_gated_step(name: str) -> None:

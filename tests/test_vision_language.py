@@ -30,9 +30,11 @@ def image_batches(name: str, generator: torch.Generator) -> list[ImageBatch]:
 
 
 BACKENDS = tiers(("eager", "aot_eager"), "eager")
+# One graph, several of them, and positions in three dimensions; the zoo sees pictures of the others.
+SOME_VLMS = tiers(VLMS, "llava", "smolvlm", "qwen2_vl")
 
 
-@pytest.mark.parametrize("name", VLMS)
+@pytest.mark.parametrize("name", SOME_VLMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_training_step(name: str, backend: str, generator: torch.Generator) -> None:
     model = build_vlm(name)

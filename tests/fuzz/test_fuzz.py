@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from choices import DECODER, LAYER
 from program import Layer, Program, draw, settle, shrink
+from tiers import tiers
 from verdict import judge
 
-SEEDS = tuple(range(12))
+SEEDS = tiers(range(12), *range(8))
 KEPT = sorted((Path(__file__).parent / "kept").glob("*.json"))
 ALLOWED = ("equal", "equal, some dense", "unmatched", "unchecked", "refused")
 

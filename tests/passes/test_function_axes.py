@@ -12,6 +12,7 @@ import pytest
 import torch
 from gating import assert_all_active_is_eager, assert_elided_ids_do_not_matter, assert_is_key_masked, gate
 from small_decoder import Block, batch, decoder, some_active
+from tiers import tiers
 from torch import Tensor
 from torch.autograd import Function
 
@@ -114,9 +115,14 @@ def widened(block: Block, x: Tensor, mask: Tensor | None) -> Tensor:
     return block.down(Linear.apply(x, block.up.weight))
 
 
-@pytest.mark.parametrize("extra", [normed, best_only, widened])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_numbers(extra: Any, backend: str) -> None:
+NUMBERS = [(extra, backend) for extra in (normed, best_only, widened) for backend in ("eager", "aot_eager")]
+
+
+@pytest.mark.parametrize(
+    "case", tiers(NUMBERS, (normed, "aot_eager"), (best_only, "aot_eager"), (widened, "eager"))
+)
+def test_numbers(case: tuple[Any, str]) -> None:
+    extra, backend = case
     model = decoder(extra)
     gated = gate(model, backend)
     inputs, active = batch(padded=True), some_active()

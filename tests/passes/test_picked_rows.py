@@ -137,9 +137,14 @@ PICKING: tuple[Extra, ...] = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("extra", PICKING, ids=lambda extra: extra.__name__)
-@pytest.mark.parametrize("B", [3, 1])
-def test_picked_rows_are_gated_and_right(extra: Extra, B: int) -> None:
+# A single sample has another trace.
+PICKED = [(extra, B) for extra in PICKING for B in (3, 1)]
+IN_SEVERAL = [(extra, 3) for extra in PICKING]
+
+
+@pytest.mark.parametrize("case", tiers(PICKED, *IN_SEVERAL, (looped, 1), (in_groups, 1)))
+def test_picked_rows_are_gated_and_right(case: tuple[Extra, int]) -> None:
+    extra, B = case
     model = decoder(extra, layers=2)
     gated = gate(model)
     inputs, active = batch(B), some_active(B)
@@ -154,7 +159,7 @@ WITH_INDUCTOR = [
 ]
 
 
-@pytest.mark.parametrize("case", tiers(WITH_INDUCTOR, (by_condition, "model"), (in_groups, "layers")))
+@pytest.mark.parametrize("case", tiers(WITH_INDUCTOR, (by_condition, "model")))
 def test_inductor_compiles_picked_rows(case: tuple[Extra, str]) -> None:
     extra, scope = case
     model = decoder(extra, layers=2)
@@ -253,9 +258,13 @@ TYPED: tuple[Extra, ...] = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("extra", TYPED, ids=lambda extra: extra.__name__)
-@pytest.mark.parametrize("B", [3, 1])
-def test_rows_picked_by_what_is_no_state_are_picked_anew_among_the_active(extra: Extra, B: int) -> None:
+TYPED_ROWS = [(extra, B) for extra in TYPED for B in (3, 1)]
+TYPED_IN_SEVERAL = [(extra, 3) for extra in TYPED]
+
+
+@pytest.mark.parametrize("case", tiers(TYPED_ROWS, *TYPED_IN_SEVERAL, (typed_by_order, 1)))
+def test_rows_picked_by_what_is_no_state_are_picked_anew_among_the_active(case: tuple[Extra, int]) -> None:
+    extra, B = case
     torch.manual_seed(0)
     model = TypedDecoder([TypedBlock(extra), TypedBlock(extra)])
     gated = gate(model)
@@ -606,7 +615,11 @@ MIXING: dict[Extra, str] = {
 }
 
 
-@pytest.mark.parametrize("extra", MIXING, ids=lambda extra: extra.__name__)
+# One for every reason, always.
+OTHER_REASONS = {reason: extra for extra, reason in reversed(MIXING.items())}
+
+
+@pytest.mark.parametrize("extra", tiers(MIXING, *OTHER_REASONS.values()))
 def test_what_mixes_picked_rows_is_never_gated(extra: Extra) -> None:
     model = decoder(extra, layers=1)
     reasons = why_dense(gate(model), model, batch(3))

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_decoder import Block, D, V, causal_mask
+from tiers import tiers
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -226,9 +227,15 @@ def shares(flags: Tensor) -> Tensor:
     return flags / flags.sum()
 
 
-@pytest.mark.parametrize("keep_logits", [False, True], ids=["loss", "logits"])
-@pytest.mark.parametrize("name", OVER_ACTIVE)
-def test_sums_are_over_the_active_tokens(name: str, keep_logits: bool) -> None:
+SUMS = [(name, keep_logits) for name in OVER_ACTIVE for keep_logits in (False, True)]
+WITHOUT_LOGITS = [(name, False) for name in OVER_ACTIVE]
+
+
+@pytest.mark.parametrize(
+    "case", tiers(SUMS, *WITHOUT_LOGITS, ("mean", True), ("mean_of_a_dense_layer", True))
+)
+def test_sums_are_over_the_active_tokens(case: tuple[str, bool]) -> None:
+    name, keep_logits = case
     mixes = "dense" in name or "all_layers" in name
     model = Routed(OVER_ACTIVE[name], mixes).double()
     gated = regate_fx.compile(model, backend="eager", keep_logits=keep_logits, validate=False)

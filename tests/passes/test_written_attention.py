@@ -229,8 +229,8 @@ def check(way: Way, **options: Any) -> Any:
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     gated = gate(model, **options)
     inputs, mask = batch(padded=True), some_active()
-    assert_all_active_is_eager(gated, model, batch())
     assert_is_key_masked(gated, model, inputs, mask)
+    assert_is_key_masked(gated, model, inputs, torch.ones_like(mask))
     assert_elided_ids_do_not_matter(gated, inputs, mask)
     return gated.report.layers
 
@@ -238,6 +238,14 @@ def check(way: Way, **options: Any) -> Any:
 @pytest.mark.parametrize(("way", "words"), ONE_OPERATOR)
 def test_becomes_one_operator(way: Way, words: str) -> None:
     assert [(layer.kind, layer.attention) for layer in check(way)] == [("varlen", words)] * 2
+
+
+@pytest.mark.parametrize("way", [added, chosen, by_triangle, capped, beside_sinks])
+def test_without_a_padding_mask(way: Way) -> None:
+    model = Decoder([Written(way), Written(way)])
+    gated = gate(model)
+    assert_all_active_is_eager(gated, model, batch())
+    assert [layer.kind for layer in gated.report.layers] == ["varlen"] * 2
 
 
 def test_unless_the_models_own_are_preferred() -> None:

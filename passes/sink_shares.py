@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from regate_fx.passes.attention_operands import Unlike, must
 from regate_fx.passes.base import fake, is_tensor, operator_name
 from regate_fx.passes.emit import Emitter
 
@@ -40,29 +41,25 @@ class SinkShare:
         return self.sink if is_column else emit.call(aten.unsqueeze.default, self.sink, -1)
 
 
-class _Unlike(Exception):
-    """This is no such attention."""
-
-
 def find_share(softmax: fx.Node) -> SinkShare | None:
     try:
         product, scaled = _product(softmax)
         return _share(softmax, product, scaled)
-    except _Unlike:
+    except Unlike:
         return None
 
 
 def _product(softmax: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The product of weights and values, where nothing else reads the weights, and what alone reads the product."""
-    _must(_is_over_last(softmax.args[1], softmax))
+    must(_is_over_last(softmax.args[1], softmax))
     before, node = softmax, softmax
     while node is softmax or operator_name(node) in _HANDS_ON:
-        _must(len(node.users) == 1)
+        must(len(node.users) == 1 and fake(node).is_floating_point())
         before, (node,) = node, node.users
-    _must(operator_name(node) in _PRODUCTS and node.args[0] is before and len(node.users) == 1)
+    must(operator_name(node) in _PRODUCTS and node.args[0] is before and len(node.users) == 1)
     (scaled,) = node.users
-    _must(scaled.target is aten.mul.Tensor and scaled.args[0] is node)
-    _must(fake(scaled).shape == fake(node).shape and fake(scaled).dtype == fake(node).dtype)
+    must(scaled.target is aten.mul.Tensor and scaled.args[0] is node)
+    must(fake(scaled).shape == fake(node).shape and fake(scaled).dtype == fake(node).dtype)
     return node, scaled
 
 
@@ -72,29 +69,24 @@ def _share(softmax: fx.Node, product: fx.Node, scaled: fx.Node) -> SinkShare:
     difference = _back(factor.args[0], _CASTS, aten.sub.Tensor, between)
     total = _back(difference.args[0], _CASTS, aten.logsumexp.default, between)
     scores, dims = total.args[:2]
-    _must(not difference.kwargs and _uncast(softmax.args[0]) is _uncast(scores))
-    _must(len(dims) == 1 and _is_over_last(dims[0], scores))
+    must(not difference.kwargs and _uncast(softmax.args[0]) is _uncast(scores))
+    must(len(dims) == 1 and _is_over_last(dims[0], scores))
     added = [node for node in between if operator_name(node) == "aten.unsqueeze"]
-    _must(
+    must(
         len(added) == (not _keeps_column(total)) and all(_is_over_last(node.args[1], node) for node in added)
     )
     sink = difference.args[1]
-    _must(is_tensor(sink) and fake(difference).shape == fake(total).shape and sink < softmax)
+    must(is_tensor(sink) and fake(difference).shape == fake(total).shape and sink < softmax)
     return SinkShare(scaled, product, scores, sink, tuple(between))
-
-
-def _must(holds: bool) -> None:
-    if not holds:
-        raise _Unlike
 
 
 def _back(node: Any, names: set[str], target: Any, passed: list[fx.Node]) -> Any:
     """The `target` behind operators of these names, all between floating numbers; all are noted."""
     while isinstance(node, fx.Node) and operator_name(node) in names:
-        _must(fake(node).is_floating_point())
+        must(fake(node).is_floating_point())
         passed.append(node)
         node = node.args[0]
-    _must(isinstance(node, fx.Node) and node.target is target)
+    must(isinstance(node, fx.Node) and node.target is target)
     passed.append(node)
     return node
 
@@ -104,7 +96,7 @@ def _keeps_column(total: fx.Node) -> bool:
 
 
 def _uncast(node: Any) -> Any:
-    while isinstance(node, fx.Node) and operator_name(node) in _CASTS:
+    while isinstance(node, fx.Node) and operator_name(node) in _CASTS and fake(node).is_floating_point():
         node = node.args[0]
     return node
 

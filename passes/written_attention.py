@@ -22,13 +22,22 @@ from typing import Any
 import torch
 from torch import fx
 
-from regate_fx.passes.axes import Axes, Token, has_token
+from regate_fx.passes.attention_operands import (
+    CASTS,
+    EXPANDS,
+    Unlike,
+    check_operands,
+    heads_of,
+    is_last,
+    must,
+    rounds_nothing,
+    sinks_of,
+)  # fmt: skip
 from regate_fx.passes.base import fake, is_tensor, operator_name
 from regate_fx.passes.hidden_keys import SOFTMAX
 from regate_fx.passes.layers import Attention
 from regate_fx.passes.mask_forms import Constant, Form, shown_by
 from regate_fx.passes.masks import MaskProof, proof_of
-from regate_fx.passes.rewrite_attention import autocast_dtype
 from regate_fx.passes.shared_heads import COPIES
 from regate_fx.passes.sink_softmax import read_sink_softmax
 from regate_fx.passes.token_axes import TokenAxes
@@ -37,8 +46,6 @@ from regate_fx.passes.written_masks import Mask, why_not_one
 aten = torch.ops.aten
 
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-_CASTS = {"aten._to_copy", "aten.type_as"}
-_EXPANDS = {"aten.expand", "aten.expand_as"}
 _PRODUCTS = {"aten.matmul", "aten.bmm"}
 # Filled in for what is hidden: beside any score that is seen, it counts for nothing.
 _HIDES = -1e4
@@ -94,10 +101,6 @@ def written_attention(
     return _Reader(tuple(members), results[0], analysis, forms, varying).read()
 
 
-class _Unlike(Exception):
-    """This is no attention that is followed here."""
-
-
 @dataclass
 class _Reader:
     """Reads an attention from its result back to queries and keys.
@@ -123,28 +126,29 @@ class _Reader:
         self.at = self.result
         try:
             return self._read()
-        except _Unlike:
+        except Unlike:
             return OwnOperators(self.at)
 
     def _read(self) -> WrittenAttention:
         weights, value = self.result.args[:2]
         softmax = self._behind(weights, self._hands_on_weights)
         product = self._behind(self._operand(softmax), self._hands_on_scores)
-        _must(operator_name(product) in _PRODUCTS | {"aten.baddbmm"})
+        must(operator_name(product) in _PRODUCTS | {"aten.baddbmm"})
         query, key = self._factors(product)
         inside = (*self.inside, product)
         others = [node for node in self.members if node not in inside and node is not self.result]
         self.at = others[0] if others else product
-        _must(not others)
-        self._check_operands(query, key, value, product)
+        must(not others)
+        must(not any(node in self.members for node in (query, key, value)))
+        check_operands(query, key, value, product, self.result, self.analysis)
         proof = proof_of([mask.seen for mask in self.masks])
         if proof.explicit:
-            _must(not self.keeps_finite)
+            must(not self.keeps_finite)
             strange = why_not_one(
-                self.masks, self.analysis, _heads_of(self.analysis.of(self.result), self.result)
+                self.masks, self.analysis, heads_of(self.analysis.of(self.result), self.result)
             )
             self.at = strange or self.at
-            _must(strange is None)
+            must(strange is None)
         scale = self.scale * (self.softcap or 1.0)
         return WrittenAttention(
             query, key, value, self.result, scale, inside, proof, tuple(self.masks), self.softcap, self.sinks
@@ -152,7 +156,7 @@ class _Reader:
 
     def _behind(self, node: Any, passes: Callable[[fx.Node], bool]) -> fx.Node:
         while True:
-            _must(node in self.members)
+            must(node in self.members)
             assert isinstance(node, fx.Node)
             self.at = node
             if not passes(node):
@@ -163,21 +167,12 @@ class _Reader:
         """What a softmax over keys takes; notes the sinks."""
         found = read_sink_softmax(softmax)
         if found is None:
-            _must(operator_name(softmax) in SOFTMAX and _is_last(softmax) and _rounds_nothing(softmax))
+            must(operator_name(softmax) in SOFTMAX and is_last(softmax) and rounds_nothing(softmax))
             return self._through(softmax)
         self.inside += [softmax, *found.inside]
-        self.sinks = self._sinks(found.sink)
+        self.sinks = sinks_of(found.sink, self.result, self.analysis)
+        must(self.sinks not in self.members)
         return found.scores
-
-    def _sinks(self, sink: fx.Node) -> fx.Node:
-        """The sinks [1, 1 or H, 1, 1] that are expanded to every query."""
-        while operator_name(sink) in _EXPANDS or (operator_name(sink) in _CASTS and _rounds_nothing(sink)):
-            sink = sink.args[0]
-        axes, sizes = self.analysis.of(sink), fake(sink).shape
-        _must(sink not in self.members and not (axes.has_tokens or axes.aggregate or axes.meaning))
-        _must(len(fake(self.result).shape) == len(sizes) == 4 and sizes[0] == sizes[2] == sizes[3] == 1)
-        _must(fake(sink).is_floating_point())
-        return sink
 
     def _through(self, node: fx.Node) -> Any:
         """The member that an operator takes: the only one, or others are missing among those inside."""
@@ -186,21 +181,21 @@ class _Reader:
 
     def _hands_on_weights(self, node: fx.Node) -> bool:
         if operator_name(node) == "aten.dropout":
-            _must(node.args[1] == 0 or not node.args[2])
+            must(node.args[1] == 0 or not node.args[2])
             return True
         return self._hands_on(node, fake(self.result.args[1]).dtype)
 
     def _hands_on(self, node: fx.Node, narrow: torch.dtype | None = None) -> bool:
         """Copies, samples and heads as one dimension or two, and casts that round nothing or to `narrow`."""
         name, source = operator_name(node), node.args[0] if node.args else None
-        if name in _CASTS:
+        if name in CASTS:
             before, after = fake(source).dtype, fake(node).dtype
-            _must(before.is_floating_point and after.is_floating_point)
-            _must(after == narrow or torch.promote_types(before, after) == after)
+            must(before.is_floating_point and after.is_floating_point)
+            must(after == narrow or torch.promote_types(before, after) == after)
             return True
         if node.target in _VIEWS:
-            heads = [_heads_of(self.analysis.of(value), value) for value in (source, node)]
-            _must(heads[0] is not None and heads[0] == heads[1])
+            heads = [heads_of(self.analysis.of(value), value) for value in (source, node)]
+            must(heads[0] is not None and heads[0] == heads[1])
             return True
         return name in COPIES
 
@@ -218,7 +213,7 @@ class _Reader:
         if operator_name(node) not in ("aten.maximum", "aten.max") or len(node.args) != 2:
             return False
         bound = self._number(next((other for other in node.args if other not in self.members), None))
-        _must(bound is not None and bound <= torch.finfo(fake(node).dtype).min)
+        must(bound is not None and bound <= torch.finfo(fake(node).dtype).min)
         self.keeps_finite = True
         return True
 
@@ -226,7 +221,7 @@ class _Reader:
         """Whether scores are capped: `c * tanh(score / c)`, of which `c` was read as a factor."""
         if operator_name(node) != "aten.tanh":
             return False
-        _must(self.softcap == 0.0 and self.scale > 0.0)
+        must(self.softcap == 0.0 and self.scale > 0.0)
         self.softcap, self.scale = self.scale, 1.0
         return True
 
@@ -235,7 +230,7 @@ class _Reader:
         name = operator_name(node)
         if name not in ("aten.mul", "aten.div"):
             return None
-        _must(len(node.args) == 2 and not node.kwargs and node.args[0] in self.members)
+        must(len(node.args) == 2 and not node.kwargs and node.args[0] in self.members)
         number = self._finite(node.args[1])
         return number if name == "aten.mul" else 1.0 / number
 
@@ -244,7 +239,7 @@ class _Reader:
         name, args = operator_name(node), node.args
         if name == "aten.add":
             others = [argument for argument in args if argument not in self.members]
-            _must(len(args) == 2 and not node.kwargs and len(others) == 1)
+            must(len(args) == 2 and not node.kwargs and len(others) == 1)
             self._add(others[0], fake(node).dtype)
         elif name == "aten.masked_fill":
             self._fill(node, args[1], args[2], is_shown=False)
@@ -254,27 +249,27 @@ class _Reader:
         else:
             return False
         # A factor or a cap behind a mask would be the mask's, too.
-        _must(self.scale == 1.0 and self.softcap == 0.0)
+        must(self.scale == 1.0 and self.softcap == 0.0)
         return True
 
     def _add(self, mask: Any, dtype: torch.dtype) -> None:
         mask = self._source(mask)
         # What is not zero in a mask of bools or integers is shown, as a mask that is added it is something else.
-        _must(fake(mask).is_floating_point())
+        must(fake(mask).is_floating_point())
         self.masks.insert(0, Mask(mask, dtype, self.forms.get(mask)))
 
     def _fill(self, node: fx.Node, condition: Any, value: Any, is_shown: bool) -> None:
         condition, number = self._source(condition), self._number(value)
-        _must(fake(condition).dtype is torch.bool and number is not None and number <= _HIDES)
+        must(fake(condition).dtype is torch.bool and number is not None and number <= _HIDES)
         seen = shown_by(self.forms.get(condition), is_shown)
         self.masks.insert(0, Mask(condition, fake(node).dtype, seen, number, is_shown))
 
     def _source(self, mask: Any) -> fx.Node:
         """A mask before it was expanded, or got samples and heads as one dimension."""
-        _must(is_tensor(mask) and mask not in self.members)
-        while operator_name(mask) in _EXPANDS or operator_name(mask) in COPIES or self._merges(mask):
+        must(is_tensor(mask) and mask not in self.members)
+        while operator_name(mask) in EXPANDS or operator_name(mask) in COPIES or self._merges(mask):
             mask = mask.args[0]
-        _must(mask not in self.varying)
+        must(mask not in self.varying)
         return mask
 
     def _merges(self, mask: fx.Node) -> bool:
@@ -296,7 +291,7 @@ class _Reader:
         """A number that scores may be multiplied with, or divided by."""
         number = self._number(value)
         if number is None or number == 0.0 or not math.isfinite(number):
-            raise _Unlike
+            raise Unlike
         return number
 
     def _factors(self, product: fx.Node) -> tuple[Any, Any]:
@@ -307,53 +302,7 @@ class _Reader:
         beta, alpha = (product.kwargs.get(name, 1) for name in ("beta", "alpha"))
         number = self._finite(alpha)
         if beta != 0 and self.forms.get(added) != Constant(0.0):
-            _must(beta == 1 and self.scale == 1.0 and self.softcap == 0.0)
+            must(beta == 1 and self.scale == 1.0 and self.softcap == 0.0)
             self._add(added, fake(product).dtype)
         self.scale *= number
         return query, key
-
-    def _check_operands(self, query: Any, key: Any, value: Any, product: fx.Node) -> None:
-        """Queries [B, H, S, d], keys [B, H, d, S] and values [B, H, S, dv] of one dtype."""
-        operands = (query, key, value)
-        _must(all(is_tensor(node) and node not in self.members for node in operands))
-        axes = [self.analysis.of(node) for node in operands]
-        heads = [_heads_of(self.analysis.of(node), node) for node in (*operands, self.result)]
-        columns = [found.dims[-2:] for found in axes]
-        sequences, widths = zip(columns[0], columns[1][::-1], columns[2], strict=True)
-        _must(all(dim == (Token.S,) for dim in sequences) and not any(map(has_token, widths)))
-        sizes = [fake(query).shape[-1], fake(key).shape[-2], fake(value).shape[-1]]
-        _must(all(isinstance(size, int) for size in sizes) and None not in heads)
-        # A single head is every query's, as an operator with groups of heads has it.
-        _must(heads[3] == heads[0] and heads[1] == heads[2] and heads[1] in (1, heads[0]))
-        _must(len({found.has_batch for found in axes}) == 1)
-        _must(fake(query).dtype == fake(key).dtype == fake(value).dtype)
-        device = fake(query).device.type
-        _must(autocast_dtype(product, device) == autocast_dtype(self.result, device))
-
-
-def _must(holds: bool) -> None:
-    if not holds:
-        raise _Unlike
-
-
-def _heads_of(axes: Axes, node: fx.Node) -> int | None:
-    """H of a value [B, H, ...] or [B * H, ...]."""
-    if len(axes) == 4:
-        heads = fake(node).shape[1]
-        plain = axes.dims[0] in ((Token.B,), ()) and not has_token(axes.dims[1]) and isinstance(heads, int)
-        return heads if plain else None
-    if len(axes) != 3:
-        return None
-    numbers = axes.dims[0][1:] if axes.dims[0][:1] == (Token.B,) else axes.dims[0]
-    return math.prod(numbers) if all(isinstance(number, int) for number in numbers) else None  # type: ignore[arg-type]
-
-
-def _rounds_nothing(node: fx.Node) -> bool:
-    """Whether the dtype that an operator computes in holds all that its operand's does."""
-    before, after = fake(node.args[0]).dtype, fake(node).dtype
-    return torch.promote_types(before, after) == after
-
-
-def _is_last(softmax: fx.Node) -> bool:
-    rank, dim = len(fake(softmax).shape), softmax.args[1]
-    return isinstance(dim, int) and dim % rank == rank - 1

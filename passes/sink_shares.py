@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from regate_fx.passes.attention_operands import Unlike, must
+from regate_fx.passes.attention_operands import Unlike, must, rounds_nothing
 from regate_fx.passes.base import fake, is_tensor, operator_name
 from regate_fx.passes.emit import Emitter
 
@@ -25,20 +25,20 @@ _PRODUCTS = {"aten.matmul", "aten.bmm"}
 class SinkShare:
     """`scaled = product * sigmoid(logsumexp(scores) - sink)`, `product = softmax(scores) @ value`.
 
-    scores: [B, H, S, S], sink: as the logsumexp has it, with or without a last dimension of 1. between: what computes
-    the factor, the last operator first.
+    scores: [B, H, S, S], sink: as `total`, the logsumexp, has it, with or without a last dimension of 1. between: what
+    computes the factor, the last operator first.
     """
 
     scaled: fx.Node
     product: fx.Node
     scores: fx.Node
     sink: fx.Node
+    total: fx.Node
     between: tuple[fx.Node, ...]
 
     def column(self, emit: Emitter) -> fx.Node:
         """The sink, as one more column of the scores."""
-        is_column = _keeps_column(self.between[-1])
-        return self.sink if is_column else emit.call(aten.unsqueeze.default, self.sink, -1)
+        return self.sink if _keeps_column(self.total) else emit.call(aten.unsqueeze.default, self.sink, -1)
 
 
 def find_share(softmax: fx.Node) -> SinkShare | None:
@@ -66,18 +66,18 @@ def _product(softmax: fx.Node) -> tuple[fx.Node, fx.Node]:
 def _share(softmax: fx.Node, product: fx.Node, scaled: fx.Node) -> SinkShare:
     between: list[fx.Node] = []
     factor = _back(scaled.args[1], _CASTS | {"aten.unsqueeze"}, aten.sigmoid.default, between)
-    difference = _back(factor.args[0], _CASTS, aten.sub.Tensor, between)
-    total = _back(difference.args[0], _CASTS, aten.logsumexp.default, between)
-    scores, dims = total.args[:2]
-    must(not difference.kwargs and _uncast(softmax.args[0]) is _uncast(scores))
-    must(len(dims) == 1 and _is_over_last(dims[0], scores))
+    difference = _back(_wide(factor.args[0], between), set(), aten.sub.Tensor, between)
+    total = _back(_wide(difference.args[0], between), set(), aten.logsumexp.default, between)
+    scores, (summed, dims) = softmax.args[0], total.args[:2]
+    must(not difference.kwargs and _wide(summed, between) is _wide(scores, []))
+    must(len(dims) == 1 and _is_over_last(dims[0], summed))
     added = [node for node in between if operator_name(node) == "aten.unsqueeze"]
     must(
         len(added) == (not _keeps_column(total)) and all(_is_over_last(node.args[1], node) for node in added)
     )
     sink = difference.args[1]
     must(is_tensor(sink) and fake(difference).shape == fake(total).shape and sink < softmax)
-    return SinkShare(scaled, product, scores, sink, tuple(between))
+    return SinkShare(scaled, product, scores, sink, total, tuple(between))
 
 
 def _back(node: Any, names: set[str], target: Any, passed: list[fx.Node]) -> Any:
@@ -95,8 +95,10 @@ def _keeps_column(total: fx.Node) -> bool:
     return total.args[2:] == (True,)
 
 
-def _uncast(node: Any) -> Any:
-    while isinstance(node, fx.Node) and operator_name(node) in _CASTS and fake(node).is_floating_point():
+def _wide(node: Any, passed: list[fx.Node]) -> Any:
+    """What a value was before casts that round nothing, which are noted."""
+    while isinstance(node, fx.Node) and operator_name(node) in _CASTS and rounds_nothing(node):
+        passed.append(node)
         node = node.args[0]
     return node
 

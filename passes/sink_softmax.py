@@ -25,7 +25,9 @@ def write_sink_softmax(emit: Emitter, scores: fx.Node, sink: fx.Node, dtype: tor
     wide = torch.promote_types(dtype, torch.float32)
     scores, sink = (_cast(emit, _cast(emit, value, dtype), wide) for value in (scores, sink))
     largest = emit.call(aten.maximum.default, emit.call(aten.amax.default, scores, [-1], True), sink)
-    largest = emit.call(aten.detach.default, largest)  # it cancels out
+    # It cancels out, unless a sink of infinity takes everything.
+    largest = emit.call(aten.clamp.default, largest, None, torch.finfo(wide).max)
+    largest = emit.call(aten.detach.default, largest)
     shifted, of_sink = (emit.call(aten.sub.Tensor, value, largest) for value in (scores, sink))
     # Never above 0, except where a later pass leaves keys out of the sum: what is computed there must stay finite.
     powers = emit.call(aten.exp.default, emit.call(aten.clamp.default, shifted, None, 0))
@@ -49,7 +51,7 @@ def read_sink_softmax(weights: fx.Node) -> SinkSoftmax | None:
         return None
     powers, total = weights.args
     clamped = _of(powers, aten.exp.default)
-    shifted = clamped if clamped is None or clamped.target is not aten.clamp.default else _clamped(clamped)
+    shifted = clamped if clamped is None or clamped.target is not aten.clamp.default else _clamped(clamped, 0)
     parts = total.args if isinstance(total, fx.Node) and total.target is aten.add.Tensor else ()
     summed, of_sink = (*parts, None, None)[:2]
     shifted_sink = _of(of_sink, aten.exp.default)
@@ -60,12 +62,27 @@ def read_sink_softmax(weights: fx.Node) -> SinkSoftmax | None:
     if scores is None or sink is None or largest is not same:
         return None
     maximum = largest.args[0] if operator_name(largest) == "aten.detach" else largest
+    finite = maximum
+    if operator_name(finite) == "aten.clamp":
+        maximum = _clamped(finite, torch.finfo(fake(finite).dtype).max)
     if not isinstance(maximum, fx.Node) or maximum.target is not aten.maximum.default:
         return None
     of_scores, of_sinks = maximum.args
     if of_sinks is not sink or not is_maximum(of_scores, scores, len(fake(scores).shape) - 1):
         return None
-    found = (powers, clamped, shifted, total, summed, of_sink, shifted_sink, largest, maximum, of_scores)
+    found = (
+        powers,
+        clamped,
+        shifted,
+        total,
+        summed,
+        of_sink,
+        shifted_sink,
+        largest,
+        finite,
+        maximum,
+        of_scores,
+    )
     inside = tuple(dict.fromkeys(node for node in found if isinstance(node, fx.Node)))
     return SinkSoftmax(scores, sink, inside)
 
@@ -75,8 +92,8 @@ def _of(node: Any, target: Any) -> fx.Node | None:
     return node.args[0] if is_one else None
 
 
-def _clamped(node: fx.Node) -> fx.Node | None:
-    return node.args[0] if node.args[1:] == (None, 0) and not node.kwargs else None
+def _clamped(node: fx.Node, most: float) -> fx.Node | None:
+    return node.args[0] if node.args[1:] == (None, most) and not node.kwargs else None
 
 
 def _difference(node: Any) -> tuple[Any, Any]:

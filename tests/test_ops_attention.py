@@ -143,6 +143,16 @@ def test_query_masked_everywhere_gives_all_to_its_sink(number: float) -> None:
     assert ours[0][0, :, 2].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("softcap", [0.0, 0.5])
+def test_query_that_sees_neither_key_nor_sink_gets_nothing(softcap: float) -> None:
+    batch = Batch(Case(causal=False, mask="float", sinks=True, softcap=softcap), torch.float32)
+    batch.mask[..., batch.positions[2], :] = batch.sinks[1] = float("-inf")
+    out, *gradients = batch.op()
+    assert out[0, 1, 2].count_nonzero() == 0
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert gradients[3][1] == 0
+
+
 def test_query_masked_everywhere_by_a_finite_number_averages_its_keys() -> None:
     batch = Batch(Case(causal=False, mask="float"), torch.float32)
     batch.mask[..., batch.positions[2], :] = torch.finfo(torch.float32).min

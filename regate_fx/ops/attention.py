@@ -90,15 +90,8 @@ def _forward_cpu(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if q.shape[1] % k.shape[1]:
-        problem = f"{q.shape[1]} query heads do not divide among {k.shape[1]} key heads."
-        raise InvalidInput("q", problem, "Use a multiple of the key heads.")
-    if sinks is not None and sinks.shape != (q.shape[1],):
-        problem = f"has shape {list(sinks.shape)}, and there are {q.shape[1]} query heads."
-        raise InvalidInput("sinks", problem, "Give one sink for each query head.")
-    if mask is not None and (causal or window):
-        raise InvalidInput("mask", "was given beside causal or window.", "Put them into the mask.")
     sees = Visibility(positions, mask, causal, window)
+    _check(q, k, sees, sinks)
     scoring = Scoring(scale, softcap, sinks)
     return attention_cpu.forward(q, k, v, cu_seqlens, sees, scoring, dropout_p, _seed(dropout_p, seed))
 
@@ -131,6 +124,17 @@ def _backward_cpu(
     )
 
 
+def _check(q: Tensor, k: Tensor, sees: Visibility, sinks: Tensor | None) -> None:
+    if q.shape[1] % k.shape[1]:
+        problem = f"{q.shape[1]} query heads do not divide among {k.shape[1]} key heads."
+        raise InvalidInput("q", problem, "Use a multiple of the key heads.")
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        problem = f"has shape {list(sinks.shape)}, and there are {q.shape[1]} query heads."
+        raise InvalidInput("sinks", problem, "Give one sink for each query head.")
+    if sees.mask is not None and (sees.causal or sees.window):
+        raise InvalidInput("mask", "was given beside causal or window.", "Put them into the mask.")
+
+
 def _seed(dropout_p: float, seed: Tensor | None) -> int:
     if dropout_p == 0:
         return 0
@@ -157,6 +161,8 @@ def _forward_cuda(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    sees = Visibility(positions, mask, causal, window)
+    _check(q, k, sees, sinks)
     widths = q.shape[-1], v.shape[-1]
     reason = supported(q.device.type, q.dtype, causal, window, mask, dropout_p, *widths, softcap)
     if reason:
@@ -165,7 +171,7 @@ def _forward_cuda(
     kernel = choose_kernel(prefer, q.dtype, window, mask, *widths, softcap)
     if kernel == "flash_attn" or kernel == "torch":
         return attention_cuda.forward(kernel, q, k, v, cu_seqlens, max_seqlen, causal, scoring)
-    return attention_flex.forward(q, k, v, cu_seqlens, Visibility(positions, mask, causal, window), scoring)
+    return attention_flex.forward(q, k, v, cu_seqlens, sees, scoring)
 
 
 @torch.library.impl("regate_fx::varlen_attention_backward", "cuda")

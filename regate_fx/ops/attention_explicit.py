@@ -127,7 +127,9 @@ def _weights(
     blind = peak == float("-inf")
     weights = scores.sub_(peak.masked_fill_(blind, 0)).exp_()
     total = weights.sum(-1, keepdim=True)
-    total = total.masked_fill_(blind, 1) if sink is None else total.add_((sink - peak).exp())
+    if sink is not None:
+        total += (sink - peak).exp()
+    total.masked_fill_(blind, 1)
     return weights.div_(total), (peak + total.log()).squeeze(-1)
 
 

@@ -40,7 +40,7 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, 
     if sinks is None:
         return out, lse
     sink = sinks.to(lse.dtype)[:, None]
-    share = torch.sigmoid(lse - sink)
+    share = _nothing_where_blind(torch.sigmoid(lse - sink), lse)
     return out * share[None, :, :, None].to(out.dtype), torch.logaddexp(lse, sink)
 
 
@@ -48,5 +48,10 @@ def grad_of_sinks(grad_out: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> 
     """[Hq], from out [1, Hq, N, dv] and lse [Hq, N] with sinks: a sink's share is taken from every query's output."""
     wide = lse.dtype
     taken = (grad_out.to(wide) * out.to(wide)).sum(-1)[0]
-    share = torch.exp(sinks.to(wide)[:, None] - lse)
+    share = _nothing_where_blind(torch.exp(sinks.to(wide)[:, None] - lse), lse)
     return -(share * taken).sum(-1).to(sinks.dtype)
+
+
+def _nothing_where_blind(share: Tensor, lse: Tensor) -> Tensor:
+    """Of a query that sees no key, beside a sink of minus infinity."""
+    return share.masked_fill(lse == float("-inf"), 0.0)

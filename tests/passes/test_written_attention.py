@@ -190,6 +190,18 @@ def scaled_by_what_sinks_leave(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: 
     return scores.softmax(-1) @ v * left.unsqueeze(-1)
 
 
+def scaled_by_what_sinks_leave_in_double(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """What is cast for the sum alone comes behind the softmax."""
+    scores, sinks = hide(q @ k.mT, seen), b.scale[:H].view(1, H, 1, 1)
+    given = scores.softmax(-1) @ v
+    return given * (scores.double().logsumexp(-1, keepdim=True) - sinks).sigmoid().to(given.dtype)
+
+
+def a_head_switched_off(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    scores, sinks = hide(q @ k.mT, seen), torch.tensor([0.3, torch.inf]).view(1, H, 1)
+    return scores.softmax(-1) @ v * (scores.logsumexp(-1) - sinks).sigmoid().unsqueeze(-1)
+
+
 ONE_OPERATOR = [
     (added, "causal, proven from its masks"),
     (filled, "causal, proven from its masks"),
@@ -218,6 +230,8 @@ ONE_OPERATOR = [
     (capped_beside_one_sink, "causal, proven from its masks"),
     (summed_with_sinks, "causal, proven from its masks"),
     (scaled_by_what_sinks_leave, "causal, proven from its masks"),
+    (scaled_by_what_sinks_leave_in_double, "causal, proven from its masks"),
+    (a_head_switched_off, "causal, proven from its masks"),
 ]
 
 
@@ -248,8 +262,9 @@ def test_without_a_padding_mask(way: Way) -> None:
     assert [layer.kind for layer in gated.report.layers] == ["varlen"] * 2
 
 
-def test_unless_the_models_own_are_preferred() -> None:
-    assert [(layer.kind, layer.attention) for layer in check(added, attention="model")] == [
+@pytest.mark.parametrize("way", [added, beside_sinks, a_head_switched_off])
+def test_unless_the_models_own_are_preferred(way: Way) -> None:
+    assert [(layer.kind, layer.attention) for layer in check(way, attention="model")] == [
         ("compact", "as written")
     ] * 2
 
@@ -281,6 +296,14 @@ def weights_beside_sinks_read_twice(b: Block, q: Tensor, k: Tensor, v: Tensor, s
     scores, sinks = hide(q @ k.mT, seen), b.scale[:H].view(1, H, 1, 1)
     weights = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
     return weights @ v * weights.sum(-1, keepdim=True)
+
+
+def scaled_by_what_sinks_leave_of_rounded_scores(
+    b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor
+) -> Tensor:
+    scores = hide(20 * q @ k.mT, seen)
+    left = (scores.bfloat16().float().logsumexp(-1, keepdim=True) - b.scale[:H].view(1, H, 1, 1)).sigmoid()
+    return scores.softmax(-1) @ v * left
 
 
 def read_twice(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
@@ -395,9 +418,9 @@ def of_samples_and_heads(b: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor
 
 OWN_OPERATORS = [
     capped_twice, capped_and_turned, capped_with_a_bias, sinks_of_queries, sinks_by_position,
-    weights_beside_sinks_read_twice, read_twice, scaled_behind, learned, by_content, learned_factor,
-    of_samples_and_heads, every_other, two_depths, by_truth, by_number, rounded, cut_off, by_pairs_of_heads,
-    perhaps_learned, rounded_inside,
+    weights_beside_sinks_read_twice, scaled_by_what_sinks_leave_of_rounded_scores, read_twice, scaled_behind,
+    learned, by_content, learned_factor, of_samples_and_heads, every_other, two_depths, by_truth, by_number,
+    rounded, cut_off, by_pairs_of_heads, perhaps_learned, rounded_inside,
 ]  # fmt: skip
 
 

@@ -42,6 +42,7 @@ class SinkShare:
 
 
 def find_share(softmax: fx.Node) -> SinkShare | None:
+    """What is scaled so behind a softmax, if its weights and their product serve nothing else."""
     try:
         product, scaled = _product(softmax)
         return _share(softmax, product, scaled)

@@ -71,18 +71,8 @@ def read_sink_softmax(weights: fx.Node) -> SinkSoftmax | None:
     if of_sinks is not sink or not is_maximum(of_scores, scores, len(fake(scores).shape) - 1):
         return None
     found = (
-        powers,
-        clamped,
-        shifted,
-        total,
-        summed,
-        of_sink,
-        shifted_sink,
-        largest,
-        finite,
-        maximum,
-        of_scores,
-    )
+        powers, clamped, shifted, total, summed, of_sink, shifted_sink, largest, finite, maximum, of_scores,
+    )  # fmt: skip
     inside = tuple(dict.fromkeys(node for node in found if isinstance(node, fx.Node)))
     return SinkSoftmax(scores, sink, inside)
 

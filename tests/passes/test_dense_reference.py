@@ -22,11 +22,11 @@ from regate_fx.passes.pipeline import REFERENCE, PipelineRun, run_passes
 ATTENTION = "aten.scaled_dot_product_attention"
 
 
-class Capped(Block):
-    """Softmax of capped scores, which stays operators over pairs."""
+class Bent(Block):
+    """Softmax of scores behind a function, which stays operators over pairs."""
 
     def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return self.o(hide(torch.tanh(self.q(x) @ self.k(x).mT), mask).softmax(-1) @ self.v(x))
+        return self.o(hide(torch.sin(self.q(x) @ self.k(x).mT), mask).softmax(-1) @ self.v(x))
 
 
 class Mixes(Block):
@@ -128,7 +128,7 @@ def compute(*blocks: Block) -> tuple[Loss, dict[str, Tensor], Tensor, Reference]
     return model, {**inputs, "labels": inputs["labels"].masked_fill(~counted, -100)}, active, seen
 
 
-KINDS: list[tuple[type[Block], ...]] = [(Block, Capped), (SequenceFirst,), (Rows,)]
+KINDS: list[tuple[type[Block], ...]] = [(Block, Bent), (SequenceFirst,), (Rows,)]
 
 
 @pytest.mark.parametrize("blocks", KINDS, ids=lambda blocks: blocks[0].__name__)

@@ -38,13 +38,13 @@ class MixesOnceMore(Block):
         return x + self.norm(x).cumsum(1)
 
 
-class Capped(Block):
+class Bent(Block):
     """Attention with operators of its own over pairs."""
 
     def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
         S = x.shape[1]
         seen = torch.arange(S)[:, None] >= torch.arange(S)
-        scores = torch.tanh(self.q(x) @ self.k(x).mT).masked_fill(~seen, torch.finfo(x.dtype).min)
+        scores = torch.sin(self.q(x) @ self.k(x).mT).masked_fill(~seen, torch.finfo(x.dtype).min)
         return self.o(scores.softmax(-1) @ self.v(x))
 
 
@@ -78,7 +78,7 @@ def test_everything_from_the_embeddings_to_the_loss_is_packed() -> None:
 
 
 def test_pairs_of_positions_are_compact_and_what_surrounds_them_packed() -> None:
-    run, _, placement = place(Capped(), Capped())
+    run, _, placement = place(Bent(), Bent())
     assert layouts_of("aten.softmax", run, placement) == [Layout.COMPACT] * 2
     assert set(layouts_of("aten.linear", run, placement)) == {Layout.PACKED}
 
@@ -159,7 +159,7 @@ def test_a_layer_whose_inner_states_are_wanted_everywhere_is_dense_and_named() -
 
 def test_dense_layers_among_gated_ones_compute_what_eager_does() -> None:
     torch.manual_seed(1)
-    model = Decoder([Block(), Mixes(), Block(), Capped()])
+    model = Decoder([Block(), Mixes(), Block(), Bent()])
     gated = gate(model)
     assert_all_active_is_eager(gated, model, batch())
     assert [layer.kind for layer in gated.report.layers] == ["varlen", "dense", "varlen", "compact"]

@@ -19,6 +19,7 @@ from regate_fx.passes.token_axes import TokenAxes
 
 CASTS = {"aten._to_copy", "aten.type_as"}
 EXPANDS = {"aten.expand", "aten.expand_as"}
+PRODUCTS = {"aten.matmul", "aten.bmm"}
 
 
 class Unlike(Exception):
@@ -83,6 +84,7 @@ def rounds_nothing(node: fx.Node) -> bool:
     return torch.promote_types(before, after) == after
 
 
-def is_last(softmax: fx.Node) -> bool:
-    rank, dim = len(fake(softmax).shape), softmax.args[1]
+def is_last(dim: Any, of: fx.Node) -> bool:
+    """Whether this is the number of a value's last dimension."""
+    rank = len(fake(of).shape)
     return isinstance(dim, int) and dim % rank == rank - 1

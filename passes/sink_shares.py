@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from regate_fx.passes.attention_operands import Unlike, must, rounds_nothing
+from regate_fx.passes.attention_operands import PRODUCTS, Unlike, is_last, must, rounds_nothing
 from regate_fx.passes.base import fake, is_tensor, operator_name
 from regate_fx.passes.emit import Emitter
 
 aten = torch.ops.aten
 _CASTS = {"aten._to_copy"}
 _HANDS_ON = _CASTS | {"aten.dropout"}
-_PRODUCTS = {"aten.matmul", "aten.bmm"}
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,12 @@ def find_share(softmax: fx.Node) -> SinkShare | None:
 
 def _product(softmax: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The product of weights and values, where nothing else reads the weights, and what alone reads the product."""
-    must(_is_over_last(softmax.args[1], softmax))
+    must(is_last(softmax.args[1], softmax))
     before, node = softmax, softmax
     while node is softmax or operator_name(node) in _HANDS_ON:
         must(len(node.users) == 1 and fake(node).is_floating_point())
         before, (node,) = node, node.users
-    must(operator_name(node) in _PRODUCTS and node.args[0] is before and len(node.users) == 1)
+    must(operator_name(node) in PRODUCTS and node.args[0] is before and len(node.users) == 1)
     (scaled,) = node.users
     must(scaled.target is aten.mul.Tensor and scaled.args[0] is node)
     must(fake(scaled).shape == fake(node).shape and fake(scaled).dtype == fake(node).dtype)
@@ -71,11 +70,9 @@ def _share(softmax: fx.Node, product: fx.Node, scaled: fx.Node) -> SinkShare:
     total = _back(_wide(difference.args[0], between), set(), aten.logsumexp.default, between)
     scores, (summed, dims) = softmax.args[0], total.args[:2]
     must(not difference.kwargs and _wide(summed, between) is _wide(scores, []))
-    must(len(dims) == 1 and _is_over_last(dims[0], summed))
+    must(len(dims) == 1 and is_last(dims[0], summed))
     added = [node for node in between if operator_name(node) == "aten.unsqueeze"]
-    must(
-        len(added) == (not _keeps_column(total)) and all(_is_over_last(node.args[1], node) for node in added)
-    )
+    must(len(added) == (not _keeps_column(total)) and all(is_last(node.args[1], node) for node in added))
     sink = difference.args[1]
     must(is_tensor(sink) and fake(difference).shape == fake(total).shape and sink < softmax)
     return SinkShare(scaled, product, scores, sink, total, tuple(between))
@@ -102,8 +99,3 @@ def _wide(node: Any, passed: list[fx.Node]) -> Any:
         passed.append(node)
         node = node.args[0]
     return node
-
-
-def _is_over_last(dim: Any, of: fx.Node) -> bool:
-    rank = len(fake(of).shape)
-    return isinstance(dim, int) and dim % rank == rank - 1

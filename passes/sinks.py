@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from regate_fx.passes.attention_operands import is_last
 from regate_fx.passes.base import PassContext, PassResult, fake, fake_mode_of, is_tensor, operator_name
 from regate_fx.passes.emit import Emitter
 from regate_fx.passes.sink_shares import find_share
@@ -94,14 +95,12 @@ def _joined(softmax: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     joined = softmax.args[0]
     if not isinstance(joined, fx.Node) or joined.target is not aten.cat.default:
         return None
-    rank = len(fake(joined).shape)
     dim = joined.args[1] if len(joined.args) > 1 else 0
     parts = joined.args[0]
-    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or dim % rank != rank - 1:
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or not is_last(dim, joined):
         return None
     scores, sink = parts
-    is_last = isinstance(softmax.args[1], int) and softmax.args[1] % rank == rank - 1
-    if not is_last or len(joined.users) != 1 or fake(sink).shape[-1] != 1:
+    if not is_last(softmax.args[1], joined) or len(joined.users) != 1 or fake(sink).shape[-1] != 1:
         return None
     return joined, scores, sink
 
@@ -111,8 +110,7 @@ def _cuts_last(node: fx.Node, of: fx.Node) -> bool:
     if node.target is not aten.slice.Tensor or node.kwargs or len(node.args) != 4 or node.args[0] is not of:
         return False
     dim, start, end = node.args[1:]
-    rank = len(fake(of).shape)
-    return isinstance(dim, int) and dim % rank == rank - 1 and start in (0, None) and end == -1
+    return is_last(dim, of) and start in (0, None) and end == -1
 
 
 def _erase(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -25,6 +25,7 @@ from torch import fx
 from regate_fx.passes.attention_operands import (
     CASTS,
     EXPANDS,
+    PRODUCTS,
     Unlike,
     check_operands,
     heads_of,
@@ -32,7 +33,7 @@ from regate_fx.passes.attention_operands import (
     must,
     rounds_nothing,
     sinks_of,
-)  # fmt: skip
+)
 from regate_fx.passes.base import fake, is_tensor, operator_name
 from regate_fx.passes.hidden_keys import SOFTMAX
 from regate_fx.passes.layers import Attention
@@ -46,7 +47,6 @@ from regate_fx.passes.written_masks import Mask, why_not_one
 aten = torch.ops.aten
 
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-_PRODUCTS = {"aten.matmul", "aten.bmm"}
 # Filled in for what is hidden: beside any score that is seen, it counts for nothing.
 _HIDES = -1e4
 
@@ -95,7 +95,7 @@ def written_attention(
         if (softmax := read_sink_softmax(node)) is not None and softmax.scores in members:
             members |= dict.fromkeys(softmax.inside)
     results = [node for node in members if any(user not in members for user in node.users)]
-    other = next((node for node in results if operator_name(node) not in _PRODUCTS), None)
+    other = next((node for node in results if operator_name(node) not in PRODUCTS), None)
     if other is not None or len(results) != 1:
         return OwnOperators(results[0] if other is None else other)
     return _Reader(tuple(members), results[0], analysis, forms, varying).read()
@@ -133,7 +133,7 @@ class _Reader:
         weights, value = self.result.args[:2]
         softmax = self._behind(weights, self._hands_on_weights)
         product = self._behind(self._operand(softmax), self._hands_on_scores)
-        must(operator_name(product) in _PRODUCTS | {"aten.baddbmm"})
+        must(operator_name(product) in PRODUCTS | {"aten.baddbmm"})
         query, key = self._factors(product)
         inside = (*self.inside, product)
         others = [node for node in self.members if node not in inside and node is not self.result]
@@ -167,7 +167,11 @@ class _Reader:
         """What a softmax over keys takes; notes the sinks."""
         found = read_sink_softmax(softmax)
         if found is None:
-            must(operator_name(softmax) in SOFTMAX and is_last(softmax) and rounds_nothing(softmax))
+            must(
+                operator_name(softmax) in SOFTMAX
+                and is_last(softmax.args[1], softmax)
+                and rounds_nothing(softmax)
+            )
             return self._through(softmax)
         self.inside += [softmax, *found.inside]
         self.sinks = sinks_of(found.sink, self.result, self.analysis)
@@ -191,7 +195,7 @@ class _Reader:
         if name in CASTS:
             before, after = fake(source).dtype, fake(node).dtype
             must(before.is_floating_point and after.is_floating_point)
-            must(after == narrow or torch.promote_types(before, after) == after)
+            must(after == narrow or rounds_nothing(node))
             return True
         if node.target in _VIEWS:
             heads = [heads_of(self.analysis.of(value), value) for value in (source, node)]
@@ -200,7 +204,7 @@ class _Reader:
         return name in COPIES
 
     def _hands_on_scores(self, node: fx.Node) -> bool:
-        """What is done to a score before the softmax; notes masks and factors."""
+        """What is done to a score before the softmax; notes masks, factors and a cap."""
         if self._hands_on(node) or self._keeps_finite(node):
             return True
         if (factor := self._factor(node)) is not None:

@@ -107,13 +107,17 @@ class Batch:
                 scores = scores + of_pairs.to(scores.dtype)
         return scores.masked_fill(~visible, float("-inf"))
 
+    def weights(self, q: Tensor, k: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """Return [Hq, N, N], zeros where the query does not see the key."""
+        scores = self.scores(q, k)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None, None].expand(-1, scores.shape[1], 1)], -1)
+        return scores.softmax(-1).nan_to_num(0.0)[..., : q.shape[2]]
+
     def explicit(self, dtype: torch.dtype, factors: Tensor | None = None) -> list[Tensor]:
         """What `op` returns, by plain operators in `dtype`; `factors` multiply the weights [Hq, N, N]."""
         q, k, v, *sinks = leaves = self.leaves(dtype)
-        scores = self.scores(q, k)
-        if sinks:
-            scores = torch.cat([scores, sinks[0][:, None, None].expand(-1, scores.shape[1], 1)], -1)
-        weights = scores.softmax(-1).nan_to_num(0.0)[..., : q.shape[2]]
+        weights = self.weights(q, k, *sinks)
         if factors is not None:
             weights = weights * factors
         out = torch.einsum("hij,hjd->hid", weights, v[0].repeat_interleave(q.shape[1] // v.shape[1], 0))[None]

@@ -194,10 +194,7 @@ def drawn_factors(batch: Batch, **dropout: float) -> Tensor:
     values = torch.eye(q.shape[2], dtype=q.dtype).expand(1, k.shape[1], -1, -1)
     sinks = [] if batch.sinks is None else [batch.sinks]
     dropped = varlen_attention(*batch.arguments([q, k, values, *sinks], **dropout))[0][0]
-    scores = batch.scores(q, k)
-    if sinks:
-        scores = torch.cat([scores, sinks[0][:, None, None].expand(-1, q.shape[2], 1)], -1)
-    weights = scores.softmax(-1)[..., : q.shape[2]]
+    weights = batch.weights(q, k, *sinks)
     return torch.where(weights > 0, dropped / weights, 0.0)
 
 

@@ -61,7 +61,9 @@ def compile(
                  says what they cost. Refused where a model counts rows elsewhere than in its loss.
     attention:   what computes attention among the active positions, in each layer where it can; the report names what
                  does. "flash_attn", "torch" (`torch.nn.attention.varlen`) and "flex" (FlexAttention) on CUDA; "model":
-                 the model's own operators, over all pairs of a sample's; "auto": the first of these that can.
+                 the model's own operators, over all pairs of a sample's; "auto": the first of these that can, "torch"
+                 before the others where `torch.nn.attention.activate_flash_attention_impl` put FlashAttention 3 or 4
+                 in the place of torch's kernel.
 
     `gated(input_ids=..., labels=..., token_mask=mask)`, mask bool [B, S], returns an output with `loss` (mean over
     counted labels), `token_loss` float32 [B, S] and `counted` bool [B, S]. Without `token_mask` the untouched

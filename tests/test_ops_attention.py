@@ -5,7 +5,11 @@ Shapes: N packed rows, S positions, Hq query heads, Hk key heads, d width of a q
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import attention
 
 from regate_fx.errors import InvalidInput, Unsupported
 from regate_fx.ops import attention_explicit, attention_flash_cpu, attention_kernels
@@ -401,6 +406,48 @@ def test_prefers_a_cuda_kernel_where_it_can_compute(
     assert choose_kernel(prefer, **facts) == kernel
 
 
+@pytest.fixture
+def activated() -> Iterator[None]:
+    """Another flash attention in the place of torch's."""
+    attention.register_flash_attention_impl("Other", register_fn=mock.Mock)
+    attention.activate_flash_attention_impl("Other")
+    yield
+    attention.restore_flash_attention_impl()
+
+
+@pytest.mark.usefixtures("activated")
+@pytest.mark.parametrize(
+    ("prefer", "change", "name"),
+    [
+        ("auto", {}, "torch.nn.attention.varlen (Other)"),
+        ("torch", {}, "torch.nn.attention.varlen (Other)"),
+        ("flash_attn", {}, "flash_attn"),
+        ("auto", {"softcap": 50.0}, "flash_attn"),
+        ("auto", {"window": 4}, "FlexAttention"),
+    ],
+)
+def test_takes_the_flash_attention_that_was_activated_in_torch(
+    prefer: str, change: dict, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_kernels, "flash_attn_installed", lambda: True)
+    facts = {"dtype": torch.bfloat16, "window": 0, "mask": None, "d": 64, "dv": 64} | change
+    assert kernel_name(prefer, **facts) == name
+
+
+@pytest.mark.parametrize(
+    ("module", "found"), [("flash_attn_interface.py", True), ("cute/interface.py", False), (None, False)]
+)
+def test_finds_flash_attn_by_the_interface_that_it_needs(
+    module: str | None, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 4 installs nothing but `flash_attn.cute`."""
+    if module is not None:
+        (tmp_path / "flash_attn" / module).parent.mkdir(parents=True)
+        (tmp_path / "flash_attn" / module).touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path] if module else [])
+    assert attention_kernels.flash_attn_installed.__wrapped__() == found
+
+
 @pytest.mark.parametrize(
     ("kernel", "version", "heads", "repeats"),
     [
@@ -432,3 +479,22 @@ def test_flex_on_cuda_is_as_exact_as_the_plain_computation(case: Case) -> None:
     batch = Batch(replace(case, widths=tuple(4 * width for width in case.widths)), torch.float32)
     plain, golden = batch.explicit(torch.float32), batch.explicit(torch.float64)
     assert_as_good_as([t.cpu() for t in batch.to("cuda").op()], plain, golden)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("name", "module"), [("FA3", "flash_attn_interface"), ("FA4", "flash_attn.cute.interface")]
+)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_an_activated_flash_attention_is_as_exact_as_cpu(
+    name: str, module: str, heads: tuple[int, int]
+) -> None:
+    pytest.importorskip(module)
+    batch = Batch(Case(heads=heads, widths=(64, 64)), torch.bfloat16)
+    on_cpu, golden = batch.op(), batch.explicit(torch.float64)
+    attention.activate_flash_attention_impl(name)
+    try:
+        found = [t.cpu() for t in batch.to("cuda").op()]
+    finally:
+        attention.restore_flash_attention_impl()
+    assert_as_good_as(found, on_cpu, golden)

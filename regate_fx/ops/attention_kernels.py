@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.attention
 
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -31,13 +33,15 @@ def choose_kernel(
     """Which CUDA kernel computes an attention, the preferred one if it can; None where none can.
 
     Packed rows are closer together than the positions they came from: a flash kernel's own window, which counts rows,
-    would reach too far back. torch's knows of no cap.
+    would reach too far back. torch's knows of no cap. "auto" takes it before flash_attn where the user has put another
+    flash attention in its place.
     """
     is_plain = window == 0 and (mask is None or mask is False)
     by_flash = is_plain and dtype in _FLASH_DTYPES and d == dv and d <= 256 and d % 8 == 0
     by_flex = _why_not_flex(dtype, d, dv) is None
     if by_flash and not (by_flex and prefer == "flex"):
-        if flash_attn_installed() and (prefer != "torch" or softcap):
+        by_torch = prefer == "torch" or (prefer == "auto" and activated_flash_attention() is not None)
+        if flash_attn_installed() and (softcap or not by_torch):
             return "flash_attn"
         if not softcap:
             return "torch"
@@ -92,7 +96,8 @@ def kernel_name(
     """What computes an attention on CUDA that `supported` lets pass, in words."""
     kernel = choose_kernel(prefer, dtype, window, mask, d, dv, softcap)
     assert kernel is not None
-    return _WORDS[kernel]
+    activated = activated_flash_attention() if kernel == "torch" else None
+    return f"{_WORDS[kernel]} ({activated})" if activated else _WORDS[kernel]
 
 
 def _capability_reason(capability: tuple[int, int] | None) -> str | None:
@@ -106,7 +111,16 @@ def _capability_reason(capability: tuple[int, int] | None) -> str | None:
 
 @cache
 def flash_attn_installed() -> bool:
-    return find_spec("flash_attn") is not None
+    """Whether flash_attn 2 is. Version 4 is a package of the same name, without this interface."""
+    spec = find_spec("flash_attn")
+    folders = (spec.submodule_search_locations or ()) if spec is not None else ()
+    return any((Path(folder) / "flash_attn_interface.py").exists() for folder in folders)
+
+
+def activated_flash_attention() -> str | None:
+    """What `torch.nn.attention.activate_flash_attention_impl` put in the place of torch's kernel: "FA3", "FA4"."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return None if current is None else current()
 
 
 @cache

@@ -13,7 +13,7 @@ from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from regate_fx.dynamo_settings import own_cache_entries
+from regate_fx.dynamo_settings import compile_settings
 from regate_fx.errors import LayerRefusal, NotGateable, PassFailed
 from regate_fx.inductor import Inductor
 from regate_fx.layerwise import LayerwiseGraph, compile_parts
@@ -107,7 +107,7 @@ class GatingBackend:
             raise NotGateable([LayerRefusal(None, "sharded-write", reason)])
         compiled: Compiled = _refused
         if not (self.whole and _gates_nothing(run)):
-            with own_cache_entries():
+            with compile_settings():
                 compiled = self._compile(run, example_inputs)
         reference = functools.cache(lambda: _dense_reference(normalised))
         ran, losses = self.captures.ran, self.captures.losses

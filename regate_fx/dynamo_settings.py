@@ -61,13 +61,20 @@ def _settings(whole: bool) -> tuple[tuple[Any, str, Any], ...]:
     return (*((torch._dynamo.config, name, value) for name, value in dynamo.items()), shapes)
 
 
-def own_cache_entries() -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def compile_settings() -> Iterator[None]:
     """Settings for compiling a graph with our operators.
 
     The compile caches on disk know an operator by its name alone: what they hold of another version of ours is stale.
+    A backward is compiled with its forward: later, these settings would be gone, and an error of the backend's would
+    come in the middle of a step.
     """
     tag = torch.compiler.config.cache_key_tag + _ops_tag()
-    return torch.compiler.config.patch(cache_key_tag=tag)
+    with (
+        torch.compiler.config.patch(cache_key_tag=tag),
+        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+    ):
+        yield
 
 
 @cache

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from small_models import build
+from functorch.compile import make_boxed_compiler
 from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -116,6 +118,12 @@ def test_a_backend_that_fails_is_named() -> None:
     assert [refusal.code for refusal in caught.value.refusals] == ["backend"]
     assert "'aot_eager' generates no code" in str(caught.value)
     assert isinstance(caught.value.__cause__, BackendCompilerFailed)
+
+
+def test_a_backend_that_fails_at_the_backward_is_named_before_anything_runs() -> None:
+    backend = aot_autograd(fw_compiler=make_boxed_compiler(lambda gm, _: gm), bw_compiler=_failing)
+    with pytest.raises(NotGateable, match=r"fails to compile the graph.*cannot generate code for this"):
+        regate_fx.compile(build("llama"), backend=backend)(**batch())
 
 
 def test_where_a_backend_fails_the_untouched_model_trains() -> None:

@@ -50,6 +50,11 @@ class Timing:
     loss: float
     norm: float
 
+    @property
+    def added_mb(self) -> float:
+        """The most that is held beyond the model and the optimizer's state, gradients included."""
+        return self.peak_mb - self.held_mb
+
 
 class Device:
     """Clocks and memory of a device."""

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import build
 from functorch.compile import make_boxed_compiler
+from small_models import build
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed

@@ -23,7 +23,7 @@ from torch.nn import attention
 from regate_fx.errors import InvalidInput, Unsupported
 from regate_fx.ops import attention_explicit, attention_flash_cpu, attention_kernels
 from regate_fx.ops.attention import supported, varlen_attention, varlen_attention_backward
-from regate_fx.ops.attention_kernels import choose_kernel, kernel_name, repeats_keys
+from regate_fx.ops.attention_kernels import choose_kernel, kernel_name
 
 MASKS = [
     Case(causal=False, mask=kind, mask_shape=(per_sample, per_head))
@@ -448,21 +448,6 @@ def test_finds_flash_attn_by_the_interface_that_it_needs(
     assert attention_kernels.flash_attn_installed.__wrapped__() == found
 
 
-@pytest.mark.parametrize(
-    ("kernel", "version", "heads", "repeats"),
-    [
-        ("flash_attn", (2, 11), (8, 2), False),
-        ("torch", (2, 11), (8, 2), True),
-        ("torch", (2, 11), (8, 8), False),
-        ("torch", (2, 12), (8, 2), False),
-    ],
-)
-def test_repeats_keys_for_a_kernel_that_knows_no_groups(
-    kernel: str, version: tuple, heads: tuple, repeats: bool
-) -> None:
-    assert repeats_keys(kernel, version, *heads) == repeats
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
@@ -474,7 +459,22 @@ def test_cuda_is_as_exact_as_cpu(causal: bool, heads: tuple[int, int], scoring: 
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("case", [case for case in CASES if min(case.widths) > 4], ids=str)
+@pytest.mark.parametrize("lengths", [(1, 0, 1), (1, 1)])
+def test_single_rows_on_cuda(lengths: tuple[int, ...]) -> None:
+    batch = Batch(Case(lengths=lengths, widths=(64, 64)), torch.bfloat16)
+    on_cpu, golden = batch.op(), batch.explicit(torch.float64)
+    assert_as_good_as([t.cpu() for t in batch.to("cuda").op()], on_cpu, golden)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(case for case in CASES if min(case.widths) > 4),
+        *(Case(window=4, heads=(heads, 2), lengths=(S,) * samples) for heads in (6, 8) for samples in (4, 6)),
+    ],
+    ids=str,
+)
 def test_flex_on_cuda_is_as_exact_as_the_plain_computation(case: Case) -> None:
     batch = Batch(replace(case, widths=tuple(4 * width for width in case.widths)), torch.float32)
     plain, golden = batch.explicit(torch.float32), batch.explicit(torch.float64)

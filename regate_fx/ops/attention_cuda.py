@@ -8,8 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regate_fx.ops.attention_kernels import Kernel, repeats_keys, torch_version
+from regate_fx.ops.attention_kernels import Kernel, torch_groups_heads
 from regate_fx.ops.visibility import Scoring, with_sinks
+
+# For a single row, flash_attn takes the query heads of a group for rows, and then expects every sample to have one. The
+# kernels size their grids by it, so that a larger one changes no result.
+_LEAST_MAX_SEQLEN = 2
+# The kernels load 16 bytes at once, and check the last stride only.
+_ALIGNED = 16
 
 
 def forward(
@@ -29,6 +35,7 @@ def forward(
     if q.shape[2] == 0:
         return torch.empty_like(q), q.new_empty(q.shape[1], 0, dtype=torch.float32)
     rows_q, rows_k, rows_v = _rows(q), _repeated(_rows(k), q, kernel), _repeated(_rows(v), q, kernel)
+    max_seqlen = max(max_seqlen, _LEAST_MAX_SEQLEN)
     if kernel == "flash_attn":
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
@@ -147,9 +154,12 @@ def _torch_backward(
 
 
 def _rows(heads: Tensor) -> Tensor:
-    """View [1, H, N, d] as [N, H, d] with unit stride inside."""
+    """View [1, H, N, d] as [N, H, d] with unit stride inside, every row of a head where a kernel can load it."""
     rows = heads[0].transpose(0, 1)
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    steps = (rows.data_ptr(), *(stride * rows.element_size() for stride in rows.stride()[:2]))
+    if rows.stride(2) == 1 and all(step % _ALIGNED == 0 for step in steps):
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def _heads(rows: Tensor) -> Tensor:
@@ -158,7 +168,7 @@ def _heads(rows: Tensor) -> Tensor:
 
 
 def _repeated(rows: Tensor, q: Tensor, kernel: Kernel) -> Tensor:
-    if repeats_keys(kernel, torch_version(), q.shape[1], rows.shape[1]):
+    if kernel == "torch" and q.shape[1] != rows.shape[1] and not torch_groups_heads():
         return rows.repeat_interleave(q.shape[1] // rows.shape[1], 1)
     return rows
 

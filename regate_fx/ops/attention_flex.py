@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelOptions, flex_attention
 
 from regate_fx.ops.visibility import Scoring, Visibility, with_sinks
 
 BLOCK = 128
+# For less than a block of rows, Inductor would take its kernel for decoding, which fails for most numbers of them where
+# heads are grouped.
+_OPTIONS: FlexKernelOptions = {"FORCE_USE_FLEX_ATTENTION": True}
 # Larger than any position, so that rows of all samples are in order by `sample * _SPAN + position`.
 _SPAN = 1 << 32
 
@@ -80,7 +83,7 @@ def attend(
     grouped = q.shape[1] != k.shape[1]
     out, aux = flex_attention(
         q, k, v, score_mod=scores, block_mask=blocks, scale=scale, enable_gqa=grouped,
-        return_aux=AuxRequest(lse=sinks is not None),
+        return_aux=AuxRequest(lse=sinks is not None), kernel_options=_OPTIONS,
     )  # fmt: skip
     return (out, None) if aux.lse is None else with_sinks(out, aux.lse[0], sinks)
 
@@ -174,7 +177,9 @@ def _kernel(
     mask = None if sees.mask is None else (sees.mask.dtype, sees.mask.shape[0] > 1, sees.mask.shape[1] > 1)
     heads = q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]
     sinks = None if scoring.sinks is None else scoring.sinks.dtype
-    return _compiled(q.device, q.dtype, heads, sees.causal, sees.window, mask, scoring.softcap, sinks)
+    return _compiled(
+        q.device, q.dtype, heads, sees.causal, sees.window, mask, scoring.scale, scoring.softcap, sinks
+    )
 
 
 @cache

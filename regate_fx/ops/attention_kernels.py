@@ -16,7 +16,6 @@ import torch.nn.attention
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _FLEX_DTYPES = (*_FLASH_DTYPES, torch.float32)
-_TORCH_GROUPS_HEADS_SINCE = (2, 12)
 
 
 # "auto": the first of the others that computes an attention. "model": the operators that the model is written with.
@@ -48,9 +47,13 @@ def choose_kernel(
     return "flex" if by_flex else None
 
 
-def repeats_keys(kernel: Kernel, torch_version: tuple[int, int], query_heads: int, key_heads: int) -> bool:
-    """Whether a flash kernel wants one key head per query head, so that groups are repeated and summed."""
-    return kernel == "torch" and query_heads != key_heads and torch_version < _TORCH_GROUPS_HEADS_SINCE
+@cache
+def torch_groups_heads() -> bool:
+    """Whether torch's kernel takes fewer key heads than query heads, as it does from about 2.12 on."""
+    import torch.nn.attention.varlen  # registers the operator
+
+    schema = torch.ops.torch_attn._varlen_attn.default._schema
+    return any(argument.name == "enable_gqa" for argument in schema.arguments)
 
 
 def supported(

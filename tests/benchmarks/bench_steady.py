@@ -75,9 +75,7 @@ def main() -> None:
     began = 0.0
     for step in track(range(args.warm_up + args.steps), description="training", console=Console()):
         chosen = torch.randperm(SAMPLES)[: int(torch.randint(1, MOST + 1, ()))].tolist()
-        batch = {
-            key: value.to(args.device) for key, value in gate.collate([examples[n] for n in chosen]).items()
-        }
+        batch = device.put(gate.collate([examples[n] for n in chosen]))
         if step == args.warm_up:
             traces, graphs = gated.report.traces, counters["stats"]["unique_graphs"]
             device.wait()

@@ -76,6 +76,12 @@ class Device:
         if self.name == "cuda":
             torch.cuda.synchronize()
 
+    def put(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copy a batch to the device without waiting for it."""
+        if self.name != "cuda":
+            return dict(batch)
+        return {key: value.pin_memory().to("cuda", non_blocking=True) for key, value in batch.items()}
+
     def memory(self, run: Callable[[], object]) -> tuple[float, float]:
         """The MB that `run` and its result hold in the end, and the most meanwhile, beyond what is held before."""
         gc.collect()

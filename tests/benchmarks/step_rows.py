@@ -23,7 +23,8 @@ from regate_fx.runtime import DualCycle, ReGate, label_table
 SHARES = (1.0, 0.75, 0.5, 0.25)
 EAGER, DENSE, CAUSAL = "dense, eager", "dense, compiled", "dense, compiled, causal without a mask"
 FLASH, MASKED, LTD = "dense, compiled, flash_attn", "dense-masked 0.5", "random-LTD 0.5, compiled"
-ONE_ROW, WITH_GATE = "padding-free (one masked row), compiled", "gated 0.5, with a gate and its collation"
+ONE_ROW = "padding-free (one masked row), compiled"
+WITH_GATE, WITH_COLLATION = "gated 0.5, with a gate", "gated 0.5, with a gate and its collation"
 # The first of each pair must have the loss and the gradients of the second, where both are there.
 EQUAL = (
     (DENSE, EAGER),
@@ -143,12 +144,13 @@ class Rows:
         )
         self.gated.gate = gate
 
-        def forward() -> Any:
-            batch = gate.collate(examples)
-            return self.gated(**{key: value.to(self.device) for key, value in batch.items()})
+        def collated() -> dict[str, Tensor]:
+            return {key: value.to(self.device) for key, value in gate.collate(examples).items()}
 
-        self.rows[WITH_GATE] = Row(forward, self.model, self.optimizer)
-        self.positions[WITH_GATE] = int(gate.select(gate.collate(examples)).sum())
+        active = int(gate.select(gate.collate(examples)).sum())
+        self.add(WITH_GATE, active, self.gated, collated())
+        self.rows[WITH_COLLATION] = Row(lambda: self.gated(**collated()), self.model, self.optimizer)
+        self.positions[WITH_COLLATION] = active
 
 
 def _collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -44,6 +44,15 @@ class Block(NamedTuple):
             rows.storage_offset() + self.start * per_row,
         )
 
+    def of_heads(self, lse: Tensor) -> Tensor:
+        """View this block of [H, N] as [n, H, T]."""
+        per_head, per_row = lse.stride()
+        return lse.as_strided(
+            (self.samples, lse.shape[0], self.length),
+            (self.length * per_row, per_head, per_row),
+            lse.storage_offset() + self.start * per_row,
+        )
+
 
 def forward(
     q: Tensor,
@@ -56,6 +65,11 @@ def forward(
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Return out [1, Hq, N, dv] and lse [Hq, N] as `regate_fx::varlen_attention` describes them."""
+    if (block := _only_block(cu_seqlens, q, k, v, sees, scoring, dropout_p)) is not None:
+        out, lse = attention_flash_cpu.forward(
+            block.of(q), block.of(k), block.of(v), None, sees.causal, scoring.scale
+        )
+        return _rows_of(out), lse.transpose(1, 2).reshape(-1, q.shape[1]).t()
     dv = v.shape[-1]
     width = max(q.shape[-1], dv)
     q, k, v = _to_width(q, width), _to_width(k, width), _to_width(v, width)
@@ -89,15 +103,20 @@ def backward(
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, each [1, H, N, w] with a contiguous transpose(1, 2)."""
+    if (block := _only_block(cu_seqlens, q, k, v, sees, scoring, dropout_p)) is not None:
+        of_q, of_k, of_v = attention_flash_cpu.backward(
+            block.of(grad_out), block.of(q), block.of(k), block.of(v), block.of(out), block.of_heads(lse), None,
+            sees.causal, scoring.scale,
+        )  # fmt: skip
+        return _rows_of(of_q), _rows_of(of_k), _rows_of(of_v)
     d, dv = q.shape[-1], v.shape[-1]
     grad_out, q, k, v, out = (_to_width(t, max(d, dv)) for t in (grad_out, q, k, v, out))
-    lse_rows = lse.unsqueeze(0).unsqueeze(3)
     draws = _draws(scoring, dropout_p, seed)
     single = draws is not None or attention_flash_cpu.must_split(q.shape[1], k.shape[1])
     grads: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for block in _blocks(cu_seqlens, sees, q.dtype, single):
         given, bias = (block.of(grad_out), block.of(q), block.of(k), block.of(v)), block.bias
-        block_lse = block.of(lse_rows).squeeze(3)
+        block_lse = block.of_heads(lse)
         if draws is None and not (sees.mask is not None and bool((block_lse.abs() > _LSE_LIMIT).any())):
             found = block.of(out), block_lse
             parts = attention_flash_cpu.backward(*given, *found, bias, sees.causal, scoring.scale)
@@ -107,6 +126,32 @@ def backward(
         for packed, part, width in zip(grads, parts, (d, d, dv), strict=True):
             packed.append(_pack(part, width))
     return _by_head(grads[0], q, d), _by_head(grads[1], k, d), _by_head(grads[2], v, dv)
+
+
+def _only_block(
+    cu_seqlens: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sees: Visibility,
+    scoring: Scoring,
+    dropout_p: float,
+) -> Block | None:
+    """The block of a batch whose samples are equally long, where one call of flash attention is all there is to do.
+
+    Apart from the general way, because the Python around that call is what a small step waits for.
+    """
+    if sees.mask is not None or sees.window or dropout_p or scoring.softcap or scoring.sinks is not None:
+        return None
+    if q.shape[-1] != v.shape[-1] or attention_flash_cpu.must_split(q.shape[1], k.shape[1]):
+        return None
+    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
+        return None
+    bounds = cu_seqlens.tolist()
+    length = bounds[1]
+    if length == 0 or bounds != list(range(0, length * len(bounds), length)):
+        return None
+    return Block(0, len(bounds) - 1, length, None)
 
 
 def _draws(scoring: Scoring, dropout_p: float, seed: int) -> attention_explicit.Dropout | None:
@@ -170,6 +215,12 @@ def _pack(block: Tensor, width: int) -> Tensor:
     """Turn [n, H, T, w] into packed rows [n * T, H, width]."""
     narrow = block if block.shape[-1] == width else block[..., :width]
     return narrow.transpose(1, 2).flatten(0, 1)
+
+
+def _rows_of(block: Tensor) -> Tensor:
+    """Turn [n, H, T, w] into [1, H, n * T, w] whose transpose(1, 2) is contiguous."""
+    n, heads, length, width = block.shape
+    return block.transpose(1, 2).reshape(1, n * length, heads, width).contiguous().transpose(1, 2)
 
 
 def _join(parts: list[Tensor]) -> Tensor:

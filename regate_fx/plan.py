@@ -112,16 +112,13 @@ def make_plan(
             "no position of the batch is active.",
             "Keep at least one position that attention_mask does not mark as padding.",
         )
-    rows = active.flatten().nonzero_static(size=N).view(-1)
+    rows = active.flatten().nonzero_static(size=N).squeeze(1)
     row_of = torch.where(active, active.flatten().cumsum(0).view(B, S) - 1, -1)
     cu_seqlens = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    if N == B * L:  # every slot is filled
-        slot_rows, row_slots = (torch.arange(N, device=active.device) for _ in range(2))
-        return TokenPlan(rows, row_of, cu_seqlens, slot_rows.view(B, L), row_slots)
     slots = torch.arange(L, device=active.device)
     is_filled = slots < counts[:, None]
     slot_rows = torch.where(is_filled, cu_seqlens[:-1, None] + slots, -1)
-    row_slots = is_filled.flatten().nonzero_static(size=N).view(-1)
+    row_slots = is_filled.flatten().nonzero_static(size=N).squeeze(1)
     return TokenPlan(rows, row_of, cu_seqlens, slot_rows, row_slots)
 
 

@@ -231,7 +231,8 @@ def _cuttable(value: Tensor, batch: int, length: int) -> bool:
 def _cut(value: Any, samples: Tensor, window: slice, batch: int, length: int) -> Any:
     if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[:2] != (batch, length):
         return value
-    return value[samples][:, window].detach()
+    # As a batch comes: the capture tells a view, or other strides, from it.
+    return value[samples][:, window].detach().clone(memory_format=torch.contiguous_format)
 
 
 @contextlib.contextmanager

@@ -259,6 +259,14 @@ def test_a_trace_made_for_a_size_of_one_is_validated_on_the_batch_itself(validat
     assert gated.report.validation == VALIDATED
 
 
+def test_a_part_cut_from_longer_samples_runs_the_trace_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regate_fx.validation._POSITIONS", 6)
+    gated = regate_fx.compile(build("llama"), backend="eager")
+    gated(**batch())
+    assert gated.report.traces == 1
+    assert gated.report.validation == VALIDATED
+
+
 @exhaustive
 def test_a_trace_that_the_small_batch_does_not_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regate_fx.validation._SAMPLES", 1)

@@ -148,10 +148,11 @@ def _only_block(
     if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
         return None
     bounds = cu_seqlens.tolist()
-    length = bounds[1]
-    if length == 0 or bounds != list(range(0, length * len(bounds), length)):
+    samples = len(bounds) - 1
+    length = bounds[1] if samples else 0
+    if length == 0 or bounds != list(range(0, length * (samples + 1), length)):
         return None
-    return Block(0, len(bounds) - 1, length, None)
+    return Block(0, samples, length, None)
 
 
 def _draws(scoring: Scoring, dropout_p: float, seed: int) -> attention_explicit.Dropout | None:

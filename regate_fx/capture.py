@@ -19,6 +19,7 @@ from regate_fx.added_arguments import AddedArguments
 from regate_fx.backend import Captured, Captures, GatingBackend
 from regate_fx.dynamo_settings import capture_settings
 from regate_fx.errors import LayerRefusal, NotGateable
+from regate_fx.input_gradients import InputGradients
 from regate_fx.live import LivePlan
 from regate_fx.options import Options
 from regate_fx.outputs import GatedOutput
@@ -81,6 +82,7 @@ class CapturedModel:
             prefer=self.options.attention, tell=self.tell,
         )  # fmt: skip
         self.graphs: list[PipelineRun] = []
+        self._input_gradients: InputGradients | None = None
         self._runs: dict[frozenset[str], Callable[..., Any]] = {}
 
     @property
@@ -203,6 +205,7 @@ class CapturedModel:
         with (
             capture_settings(self._whole),
             self._live.anchored(self.model, not self._whole),
+            self._without_input_gradients(),
             self._stood_in(),
         ):
             try:
@@ -240,6 +243,12 @@ class CapturedModel:
         return GatedOutput(
             loss=loss, logits=logits, aux_loss=aux_loss, token_loss=token_loss, counted=counted
         )
+
+    def _without_input_gradients(self) -> contextlib.AbstractContextManager[None]:
+        # Looked for at the first call of a capture: when this object is made, the model may be half built.
+        if self._input_gradients is None:
+            self._input_gradients = InputGradients(self.model)
+        return self._input_gradients.left_out()
 
     @contextlib.contextmanager
     def _stood_in(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Train and eval mode of a model, borrowed for a moment."""
+"""Modes of a model, borrowed for a moment."""
 
 from __future__ import annotations
 
@@ -19,3 +19,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def keeping_activations(model: nn.Module) -> Iterator[None]:
+    """No checkpoints in what transformers calls layers with gradient checkpointing.
+
+    What reentrant ones compute in the backward reaches `.grad` only, not `torch.autograd.grad`.
+    """
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    try:
+        for module in checkpointed:
+            module.gradient_checkpointing = False
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True

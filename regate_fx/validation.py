@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from regate_fx.errors import ValidationFailed
 from regate_fx.inputs import padding_of
+from regate_fx.modes import keeping_activations
 from regate_fx.plan import TokenPlan, make_plan
 
 # Memory bound: at most this many samples and positions, or so many positions of whole samples, and one set of gradients
@@ -115,7 +116,8 @@ def _compare_with_untouched(model: nn.Module, batch: dict[str, Any], gated: Call
     probe = _probe(model, output.loss)
     # Labels predicted from padding count in the untouched model alone.
     labels = batch["labels"].masked_fill(~output.counted, -100)
-    expected = _probe(model, untouched(plan, batch | {"labels": labels}).loss)
+    with keeping_activations(model):
+        expected = _probe(model, untouched(plan, batch | {"labels": labels}).loss)
     _compare("all tokens active, against the untouched model", probe, expected, _dtype(model))
     return True
 

@@ -15,20 +15,21 @@ import regate_fx
 from regate_fx.input_gradients import InputGradients
 
 
-def adapted() -> Any:
+def adapted(use_reentrant: bool = False) -> Any:
     """As Trainer and PEFT leave a model: LoRA, activations checkpointed, and the hook on the embedding."""
     model = get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zeros at first, beside which lora_A has no gradient
             nn.init.normal_(parameter, std=0.1)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     model.train()
     return model
 
 
-def test_a_checkpointed_adapter_model_is_one_graph(generator: torch.Generator) -> None:
-    model = adapted()
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_adapter_model_is_one_graph(use_reentrant: bool, generator: torch.Generator) -> None:
+    model = adapted(use_reentrant)
     gated = regate_fx.compile(model, backend="aot_eager")
     for B, S in ((3, 12), (2, 17)):
         check_step(gated, model, MODELS["llama"], random_batch(generator, B, S))

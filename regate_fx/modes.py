@@ -27,7 +27,9 @@ def keeping_activations(model: nn.Module) -> Iterator[None]:
 
     What reentrant ones compute in the backward reaches `.grad` only, not `torch.autograd.grad`.
     """
-    checkpointed = [module for module in model.modules() if vars(module).get("gradient_checkpointing") is True]
+    checkpointed = [
+        module for module in model.modules() if vars(module).get("gradient_checkpointing") is True
+    ]
     try:
         for module in checkpointed:
             module.gradient_checkpointing = False

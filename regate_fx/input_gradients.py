@@ -15,6 +15,20 @@ from typing import Any
 
 from torch import nn
 
+# To load what was given and constants, to call a method, to return; by the names of several Python versions.
+_STEPS = (
+    "RESUME",
+    "NOP",
+    "CACHE",
+    "PUSH_NULL",
+    "LOAD_",
+    "PRECALL",
+    "CALL",
+    "POP_TOP",
+    "RETURN_",
+    "NOT_TAKEN",
+)
+
 
 class InputGradients:
     """Those hooks of one model, as they were when this was made."""
@@ -43,18 +57,17 @@ class InputGradients:
 
 
 def _only_requires_grad(hook: object) -> bool:
-    """Whether a hook `(module, args, output)` can do nothing but call `requires_grad_` on the output."""
+    """Whether all that a hook `(module, args, output)` does is `output.requires_grad_(True)`.
+
+    Read from its bytecode: with these steps alone, a hook that touches nothing but its output cannot compute with it.
+    """
     if not isinstance(hook, types.FunctionType):
         return False
     code = hook.__code__
-    return (
-        code.co_names == ("requires_grad_",)
-        and code.co_argcount == 3
-        and not (code.co_freevars or code.co_cellvars)
-        and not any(code.co_varnames[0] in _variables(step) for step in dis.get_instructions(code))
-    )
-
-
-def _variables(step: dis.Instruction) -> tuple[object, ...]:
-    """Names a step of bytecode loads: from Python 3.13 on, some load two."""
-    return step.argval if isinstance(step.argval, tuple) else (step.argval,)
+    if code.co_names != ("requires_grad_",) or code.co_argcount != 3 or code.co_freevars or code.co_cellvars:
+        return False
+    if not set(code.co_consts) <= {None, True}:
+        return False
+    steps = list(dis.get_instructions(code))
+    loaded = {step.argval for step in steps if step.opname.startswith("LOAD_FAST")}
+    return loaded == {code.co_varnames[2]} and all(step.opname.startswith(_STEPS) for step in steps)

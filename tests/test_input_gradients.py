@@ -53,6 +53,31 @@ def wants_gradients(module: nn.Module, args: Any, output: Tensor) -> None:
     output.requires_grad_(True)
 
 
+def computes(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_(True) * 2
+
+
+def picks(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output[0].requires_grad_(True)
+
+
+def returns_its_input(module: nn.Module, args: Any, output: Tensor) -> Any:
+    output.requires_grad_(True)
+    return args
+
+
+def returns_a_tuple(module: nn.Module, args: Any, output: Tensor) -> Any:
+    return (output.requires_grad_(True),)
+
+
+@pytest.mark.parametrize("hook", [freezes, computes, picks, returns_its_input, returns_a_tuple])
+def test_a_hook_that_could_do_more_stays(hook: Any) -> None:
+    embedding = nn.Embedding(3, 2)
+    embedding.register_forward_hook(hook)
+    with InputGradients(embedding).left_out():
+        assert list(embedding._forward_hooks.values()) == [hook]
+
+
 def doubles(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output * 2
 

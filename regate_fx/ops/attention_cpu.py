@@ -69,7 +69,7 @@ def forward(
         out, lse = attention_flash_cpu.forward(
             block.of(q), block.of(k), block.of(v), None, sees.causal, scoring.scale
         )
-        return _rows_of(out), lse.transpose(1, 2).reshape(-1, q.shape[1]).t()
+        return _by_head([_pack(out, v.shape[-1])], q, v.shape[-1]), lse.transpose(1, 2).flatten(0, 1).t()
     dv = v.shape[-1]
     width = max(q.shape[-1], dv)
     q, k, v = _to_width(q, width), _to_width(k, width), _to_width(v, width)
@@ -104,11 +104,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, each [1, H, N, w] with a contiguous transpose(1, 2)."""
     if (block := _only_block(cu_seqlens, q, k, v, sees, scoring, dropout_p)) is not None:
-        of_q, of_k, of_v = attention_flash_cpu.backward(
+        parts = attention_flash_cpu.backward(
             block.of(grad_out), block.of(q), block.of(k), block.of(v), block.of(out), block.of_heads(lse), None,
             sees.causal, scoring.scale,
         )  # fmt: skip
-        return _rows_of(of_q), _rows_of(of_k), _rows_of(of_v)
+        of_q, of_k, of_v = (_by_head([_pack(part, part.shape[-1])], part, part.shape[-1]) for part in parts)
+        return of_q, of_k, of_v
     d, dv = q.shape[-1], v.shape[-1]
     grad_out, q, k, v, out = (_to_width(t, max(d, dv)) for t in (grad_out, q, k, v, out))
     draws = _draws(scoring, dropout_p, seed)
@@ -216,12 +217,6 @@ def _pack(block: Tensor, width: int) -> Tensor:
     """Turn [n, H, T, w] into packed rows [n * T, H, width]."""
     narrow = block if block.shape[-1] == width else block[..., :width]
     return narrow.transpose(1, 2).flatten(0, 1)
-
-
-def _rows_of(block: Tensor) -> Tensor:
-    """Turn [n, H, T, w] into [1, H, n * T, w] whose transpose(1, 2) is contiguous."""
-    n, heads, length, width = block.shape
-    return block.transpose(1, 2).reshape(1, n * length, heads, width).contiguous().transpose(1, 2)
 
 
 def _join(parts: list[Tensor]) -> Tensor:

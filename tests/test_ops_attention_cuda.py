@@ -14,6 +14,7 @@ from explicit_attention import SCALE, Batch, Case
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from regate_fx.errors import Unsupported
 from regate_fx.ops import attention_cpu, attention_cuda, attention_kernels
 from regate_fx.ops.attention import varlen_attention
 from regate_fx.ops.visibility import Scoring, Visibility
@@ -83,6 +84,14 @@ def _moved(rows: Tensor, offset: int) -> Tensor:
     """The same values in memory that begins `offset` elements later."""
     storage = rows.new_empty(rows.numel() + offset)
     return storage[offset:].view(rows.shape).copy_(rows)
+
+
+def test_an_older_torch_is_refused_with_flash_attention_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cuda, "activated_flash_attention", lambda: "FA4")
+    monkeypatch.setattr(attention_cuda, "torch_version", lambda: (2, 12))
+    batch = Batch(Case(), torch.bfloat16)
+    with pytest.raises(Unsupported, match=r"before torch 2\.13.*for a window.*restore_flash_attention_impl"):
+        attention_cuda.forward("torch", *batch.leaves(), batch.cu_seqlens, 11, True, Scoring(SCALE))
 
 
 def test_knows_whether_torch_groups_heads() -> None:

@@ -8,7 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regate_fx.ops.attention_kernels import Kernel, torch_groups_heads
+from regate_fx.errors import Unsupported
+from regate_fx.ops.attention_kernels import (
+    Kernel,
+    activated_flash_attention,
+    torch_groups_heads,
+    torch_version,
+)
 from regate_fx.ops.visibility import Scoring, with_sinks
 
 # For a single row, flash_attn takes the query heads of a group for rows, and then expects every sample to have one. The
@@ -16,6 +22,8 @@ from regate_fx.ops.visibility import Scoring, with_sinks
 _LEAST_MAX_SEQLEN = 2
 # The kernels load 16 bytes at once, and check the last stride only.
 _ALIGNED = 16
+# Seen to translate a window of -1 on its way there; an older one was seen to pass it on.
+_FA4_SINCE = (2, 13)
 
 
 def forward(
@@ -112,6 +120,12 @@ def _torch_forward(
 ) -> tuple[Tensor, Tensor]:
     import torch.nn.attention.varlen  # registers torch_attn::_varlen_attn
 
+    if activated_flash_attention() == "FA4" and torch_version() < _FA4_SINCE:
+        raise Unsupported(
+            "FlashAttention 4 in the place of torch's kernel, before torch 2.13",
+            "it may take 'no limit to the left' for a window.",
+            "Call torch.nn.attention.restore_flash_attention_impl(), or use a newer torch.",
+        )
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     window = [-1, 0] if causal else [-1, -1]
     out, lse, _ = torch.ops.torch_attn._varlen_attn(
